@@ -1,0 +1,21 @@
+"""One tiny FLUX for all unit tests: built once, never changed by a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_flux import make_tiny_flux
+from trainer.flux import FluxModel
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="session")
+def flux(flux_folder: Path) -> FluxModel:
+    return FluxModel.load(str(flux_folder), torch.float32)

@@ -1,0 +1,93 @@
+"""What each sample gets is a pure function of (seed, step, sample_index), however many workers share the batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.prompts import (
+    PromptsError,
+    batch_indices,
+    draw_level,
+    evaluation_generator,
+    load_prompts,
+    noise_generator,
+    shard,
+)
+
+Sample = tuple[int, int, tuple[float, ...]]
+
+
+def numbers(generator: torch.Generator) -> tuple[float, ...]:
+    return tuple(torch.randn(4, generator=generator).tolist())
+
+
+def samples_of(seed: int, step: int, global_batch: int, rank: int, num_workers: int) -> dict[int, Sample]:
+    """Prompt, level and noise of every sample that one worker handles in a step."""
+    prompts = batch_indices(seed, step, global_batch, num_prompts=7)
+    return {
+        index: (prompts[index], draw_level(seed, step, index, (5, 995)), numbers(noise_generator(seed, step, index)))
+        for index in shard(global_batch, rank, num_workers)
+    }
+
+
+@given(st.integers(0, 2**40), st.integers(0, 10**6), st.sampled_from([2, 4, 6]))
+def test_two_workers_see_the_samples_of_one(seed: int, step: int, global_batch: int) -> None:
+    alone = samples_of(seed, step, global_batch, 0, 1)
+    shared = [samples_of(seed, step, global_batch, rank, 2) for rank in range(2)]
+    assert shared[0] | shared[1] == alone
+    assert len(shared[0]) == len(shared[1])
+
+
+def test_every_seed_step_and_sample_has_its_own_noise_and_evaluation_its_own_stream() -> None:
+    places = [(seed, step, index) for seed in range(3) for step in range(3) for index in range(3)]
+    noises = [numbers(noise_generator(*place)) for place in places]
+    noises += [numbers(evaluation_generator(seed, index)) for seed in range(3) for index in range(3)]
+    assert len(set(noises)) == len(noises)
+
+
+@given(st.integers(0, 1000), st.integers(1, 9), st.integers(1, 9))
+def test_every_prompt_comes_once_an_epoch(seed: int, global_batch: int, num_prompts: int) -> None:
+    num_epochs = global_batch  # the fewest epochs that surely are a whole number of steps
+    drawn = [index for step in range(num_prompts) for index in batch_indices(seed, step, global_batch, num_prompts)]
+    for epoch in range(num_epochs):
+        assert sorted(drawn[epoch * num_prompts : (epoch + 1) * num_prompts]) == list(range(num_prompts))
+
+
+def test_epochs_are_shuffled_anew() -> None:
+    first, second = (batch_indices(seed=0, step=step, global_batch=50, num_prompts=50) for step in range(2))
+    assert first != second != list(range(50)) != first
+
+
+def test_levels_cover_their_range_both_ends_included() -> None:
+    counts = Counter(draw_level(0, step, 0, (3, 6)) for step in range(400))
+    assert sorted(counts) == [3, 4, 5, 6]
+    assert min(counts.values()) > 60
+
+
+def test_impossible_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match="level_range must rise"):
+        draw_level(0, 0, 0, (6, 3))
+    with pytest.raises(ValueError, match="seed must be 0 or more"):
+        noise_generator(-1, 0, 0)
+
+
+def test_prompt_file_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("grinning face\n\n  piñata \r\nred heart", encoding="utf-8")
+    assert load_prompts(path) == ("grinning face", "piñata", "red heart")
+
+
+@pytest.mark.parametrize(("content", "problem"), [(None, "cannot read"), (b" \n\n", "empty"), (b"\xff\xfe", "UTF-8")])
+def test_unusable_prompt_file_is_named(tmp_path: Path, content: bytes | None, problem: str) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PromptsError, match=problem) as caught:
+        load_prompts(path)
+    assert str(path) in str(caught.value)

@@ -1,0 +1,1 @@
+"""Prompts in, better weights out: the file list of this package is the algorithm."""

@@ -1,0 +1,133 @@
+"""The maths of rectified flow and of Direct-Align's one step: sigmas, interpolation, recovery, branches. Pure.
+
+Conventions: sigma is the noise level in [0, 1], 1 is noise; x_sigma = (1 − sigma)·clean + sigma·noise; velocity is
+noise − clean. Sigmas are 0-d (the same for the whole batch) or (batch,). Source: Shen et al., arXiv 2509.06942.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from services.config import ObjectiveConfig, Ramp
+
+
+def sigma_schedule(num_steps: int, shift: float) -> Tensor:
+    """The sigmas of a sampler with `num_steps` Euler steps: (num_steps + 1,) float32, falling from 1 to 0.
+
+    `shift` s moves uniform times t toward noise: s·t / (1 + (s − 1)·t). Raises ValueError unless both are positive.
+    """
+    if num_steps < 1 or not 0 < shift < math.inf:
+        raise ValueError(f"a sigma schedule needs num_steps >= 1 and a finite shift > 0, not {num_steps} and {shift}")
+    uniform = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)  # float64, so that 1 stays exactly 1
+    return (shift * uniform / (1 + (shift - 1) * uniform)).float()
+
+
+def dynamic_shift(
+    num_tokens: int, *, base_num_tokens: int, max_num_tokens: int, base_shift: float, max_shift: float
+) -> float:
+    """FLUX's shift by resolution: exp(mu), where mu is linear in the number of image tokens."""
+    slope = (max_shift - base_shift) / (max_num_tokens - base_num_tokens)
+    return math.exp(base_shift + slope * (num_tokens - base_num_tokens))
+
+
+def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Inject: x_sigma = (1 − sigma)·clean + sigma·noise, shaped as `clean`."""
+    sigma = _per_sample(sigma, clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """One step along the velocity, toward the image (sigma_next < sigma) or toward noise."""
+    return latents + _per_sample(sigma_next - sigma, latents) * velocity
+
+
+def recover_clean(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The image that `latents` hold if `noise` is what was injected: (x_sigma − sigma·noise) / (1 − sigma).
+
+    The inverse of `interpolate`. Raises ValueError at sigma >= 1, where nothing of the image is left.
+    """
+    if bool((sigma >= 1).any()):
+        raise ValueError(f"nothing can be recovered at sigma {sigma.max().item()}: sigma must be below 1")
+    sigma = _per_sample(sigma, latents)
+    return (latents - sigma * noise) / (1 - sigma)
+
+
+def _per_sample(sigma: Tensor, latents: Tensor) -> Tensor:
+    return sigma.view(-1, *[1] * (latents.ndim - 1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """One trained step of SRPO (METHOD.md, "Two branches per anchor"); all tensors (batch,) float32.
+
+    denoise: sigma goes down, the image is rewarded for the positive words. invert: sigma goes up, the words swap.
+
+    >>> Branch("denoise", torch.tensor([0.86]), torch.tensor([0.84]), torch.tensor([0.16])).recovery_weight
+    tensor([0.1250])
+    """
+
+    name: Literal["denoise", "invert"]
+    sigma_start: Tensor
+    sigma_end: Tensor
+    preference_scale: Tensor
+
+    @property
+    def recovery_weight(self) -> Tensor:
+        """w in recovered = clean ∓ w·(velocity − (noise − clean)): how strongly the velocity moves the image."""
+        return (self.sigma_start - self.sigma_end).abs() / (1 - self.sigma_end)
+
+    def to(self, device: torch.device) -> Branch:
+        """The same branch on another device."""
+        return Branch(
+            self.name, self.sigma_start.to(device), self.sigma_end.to(device), self.preference_scale.to(device)
+        )
+
+
+def branches(levels: Tensor, objective: ObjectiveConfig, shift: float) -> tuple[Branch, Branch]:
+    """The denoise and the invert branch of training levels m, (batch,) integers in [1, num_levels − 1].
+
+    Level n has sigma σ[N − n]: a high level is noisy. Both branches aim at level m: denoise from m + K, invert from
+    m − K, where K is num_delta_levels, shrunk near both ends. Where K reaches m, invert starts at level 1 instead of
+    0 and so aims one level higher, as published. Raises ValueError naming the field of the config.
+    """
+    size = objective.num_levels
+    if bool(((levels < 1) | (levels >= size)).any()):
+        raise ValueError(f"levels must lie in [1, {size - 1}], not {levels.tolist()}; change objective.level_range")
+    sigmas = _level_sigmas(objective, shift)
+    delta = torch.minimum(levels, size - levels).clamp(max=objective.num_delta_levels)
+    lower = (levels - delta).clamp(min=1)
+    denoise = Branch(
+        name="denoise",
+        sigma_start=sigmas[size - (levels + delta)],
+        sigma_end=sigmas[size - levels],
+        preference_scale=_ramp(objective.preference_scale_denoise, levels, size),
+    )
+    invert = Branch(
+        name="invert",
+        sigma_start=sigmas[size - lower],
+        sigma_end=sigmas[size - (lower + delta).clamp(max=size)],
+        preference_scale=_ramp(objective.preference_scale_invert, lower, size),
+    )
+    return denoise, invert
+
+
+def _level_sigmas(objective: ObjectiveConfig, shift: float) -> Tensor:
+    """σ[0 … N − 1], falling: a piece of the shifted grid, cut into equal parts."""
+    first, last = objective.grid_index_range
+    if not 0 <= first < last <= objective.num_grid_steps:
+        raise ValueError(
+            f"objective.grid_index_range must rise within [0, {objective.num_grid_steps}] (objective.num_grid_steps), "
+            f"not {objective.grid_index_range}"
+        )
+    grid = sigma_schedule(objective.num_grid_steps, shift)
+    return torch.linspace(grid[first].item(), grid[last].item(), objective.num_levels, dtype=torch.float64).float()
+
+
+def _ramp(ramp: Ramp, levels: Tensor, num_levels: int) -> Tensor:
+    first, last = ramp
+    return (first + (last - first) * levels.double() / (num_levels - 1)).float()

@@ -1,0 +1,89 @@
+"""Which prompt, level and noise each sample gets: pure functions of (seed, step, sample_index).
+
+`sample_index` is the position in the global batch, so that one worker or many, a fresh run or a resumed one, all
+see the same samples. Each kind of draw has a stream of its own: no two of them are correlated.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class PromptsError(ValueError):
+    """The prompt file cannot be used; the text names the file and the cure."""
+
+
+class _Stream(IntEnum):
+    ORDER = 0
+    LEVEL = 1
+    NOISE = 2
+    EVALUATION = 3
+
+
+def load_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a UTF-8 file, one a line; blank lines are left out. Raises PromptsError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PromptsError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PromptsError(f"the prompt file {path} is not UTF-8 text: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise PromptsError(f"the prompt file {path} is empty: write one prompt a line")
+    return prompts
+
+
+def shard(num_samples: int, rank: int, num_workers: int) -> range:
+    """The sample indices of worker `rank`: every num_workers-th one, each index on exactly one worker."""
+    return range(rank, num_samples, num_workers)
+
+
+def batch_indices(seed: int, step: int, global_batch: int, num_prompts: int) -> list[int]:
+    """The prompts of a step: global_batch indices from shuffled epochs, in each of which every prompt comes once.
+
+    >>> sorted(batch_indices(seed=0, step=0, global_batch=2, num_prompts=4)
+    ...        + batch_indices(seed=0, step=1, global_batch=2, num_prompts=4))
+    [0, 1, 2, 3]
+    """
+    positions = range(step * global_batch, (step + 1) * global_batch)
+    epochs = {position // num_prompts for position in positions}
+    orders = {epoch: _random(seed, _Stream.ORDER, epoch).permutation(num_prompts) for epoch in epochs}
+    return [int(orders[position // num_prompts][position % num_prompts]) for position in positions]
+
+
+def draw_level(seed: int, step: int, sample_index: int, level_range: tuple[int, int]) -> int:
+    """The training level of a sample, uniform in level_range, both ends included."""
+    low, high = level_range
+    if low > high:
+        raise ValueError(f"objective.level_range must rise, not {level_range}")
+    return int(_random(seed, _Stream.LEVEL, step, sample_index).integers(low, high, endpoint=True))
+
+
+def noise_generator(seed: int, step: int, sample_index: int) -> torch.Generator:
+    """The CPU generator of a training sample's start noise."""
+    return _generator(seed, _Stream.NOISE, step, sample_index)
+
+
+def evaluation_generator(seed: int, image_index: int) -> torch.Generator:
+    """The CPU generator of an evaluation image's start noise: the same in every evaluation, never one of training."""
+    return _generator(seed, _Stream.EVALUATION, image_index)
+
+
+def _sequence(seed: int, stream: _Stream, *place: int) -> np.random.SeedSequence:
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
+    return np.random.SeedSequence([seed, stream, *place])
+
+
+def _random(seed: int, stream: _Stream, *place: int) -> np.random.Generator:
+    return np.random.default_rng(_sequence(seed, stream, *place))
+
+
+def _generator(seed: int, stream: _Stream, *place: int) -> torch.Generator:
+    state = _sequence(seed, stream, *place).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))  # torch takes 63 bits without a sign
