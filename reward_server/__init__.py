@@ -1,0 +1,1 @@
+"""Images in, rewards and image gradients out."""
