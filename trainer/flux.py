@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from trainer.flow import dynamic_shift
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
 
 _PATCH = 2  # FLUX packs 2×2 latents into a token; diffusers' pipeline fixes it, no config holds it
 _INDEX = "model_index.json"
@@ -98,6 +100,8 @@ class FluxModel:
         With gradient_checkpointing the transformer's blocks and the VAE's decoder are recomputed in the backward.
         """
         check_model_path(path)
+        from diffusers import FluxPipeline  # on use: 5 s that launch.py, which only checks the path, need not wait for
+
         try:
             source = Path(path) if Path(path).is_dir() else Path(FluxPipeline.download(path))
             pipeline = FluxPipeline.from_pretrained(source, dtype=dtype).to(device)
@@ -120,6 +124,10 @@ class FluxModel:
             prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=max_sequence_length
         )
         return Conditioning(prompt_embeds.to(self.dtype), pooled.to(self.dtype))
+
+    def drop_text_encoders(self) -> None:
+        """Free their memory once all prompts are encoded; save_pipeline copies them from the source."""
+        self._pipeline.text_encoder = self._pipeline.text_encoder_2 = None
 
     def resolve_shift(self, shift: float | Literal["dynamic"], height_px: int, width_px: int) -> float:
         """The sigma schedule's shift as a number; "dynamic" is the checkpoint's own, by resolution."""

@@ -1,0 +1,256 @@
+"""Runs from a run file to an exported model on real Ray Train, DeepSpeed, MLflow and the reward service's app.
+
+Three trainings of the same six steps: undisturbed on two workers, on two of which one is killed, and on one worker with
+another micro-batch and ZeRO stage. All three must be the same training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+import ray
+import torch
+import yaml
+from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from reward_server.models import ClipArgs
+from reward_server.scorer import Scorer
+from services.contract import REWARDS_PATH
+from tests.serving import reward_app, serve_app
+from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
+from tests.tiny_judges import make_tiny_judges
+from tests.tiny_models import make_tiny_clip
+from trainer.evaluate import Evaluation, to_uint8
+from trainer.prompts import evaluation_generator
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_STEPS = 6
+HELD_OUT = PROMPTS[:5]
+REQUESTS_BEFORE_KILL = 3 + 8 * 4 + 3  # base evaluation, four steps of 4 prompts × 2 branches, and into the fifth
+TIMEOUT_S = 180
+
+
+@dataclass
+class Wiretap:
+    """The reward app, seeing who calls: a worker is known by the port it calls from, never by a name."""
+
+    app: ASGIApp
+    on_request: Callable[[int, int], None] = field(default=lambda count, pid: None)  # requests so far, caller's pid
+    count: int = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == REWARDS_PATH:
+            self.count += 1
+            self.on_request(self.count, pid_at_port(scope["client"][1]))
+        await self.app(scope, receive, send)
+
+
+def pid_at_port(port: int) -> int:
+    (pid,) = {each.pid for each in psutil.net_connections("tcp") if each.laddr and each.laddr.port == port and each.pid}
+    return pid
+
+
+@dataclass
+class Bench:
+    """What the runs share: a Ray cluster, a reward service, an MLflow store, and a tiny model in `folder`."""
+
+    folder: Path
+    ray_address: str
+    reward_url: str
+    wiretap: Wiretap
+
+    @property
+    def tracking_uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    def write_run(self, name: str, **engine: Any) -> Path:
+        """A run file with paths relative to `folder`, from where runs are started."""
+        size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+        run = {
+            "name": name,
+            "num_steps": NUM_STEPS,
+            "model": {"path": "flux", **size},
+            "prompts": {"path": "train.txt"},
+            "control_words": {"positive": "3D", "negative": "Flat"},
+            "rollout": {"num_steps": 3},
+            "reward": {"name": "tiny", "url": self.reward_url},
+            "optimizer": {"learning_rate": 1e-3},
+            "engine": {"num_workers": 2, "global_batch": 4, "cpus_per_worker": 0.5} | engine,
+            "checkpoint": {"every_num_steps": 2},
+            "evaluation": {
+                "prompts_path": "heldout.txt",
+                "num_steps": 3,
+                "every_num_steps": 4,
+                "batch": 2,
+                "judge_path": "judge",
+            },
+            "tracking": {"uri": self.tracking_uri},
+        }
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(run), encoding="utf-8")
+        return path
+
+    def start(self, run_file: Path) -> subprocess.Popen[str]:
+        environment = os.environ | {"RAY_ADDRESS": self.ray_address, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "trainer.launch", run_file.name]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+
+    def train(self, run_file: Path) -> Run:
+        """Run to the end and return what it left."""
+        with self.start(run_file) as process:
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, output
+        return self.find(run_file.stem, output)
+
+    def find(self, name: str, output: str) -> Run:
+        client = mlflow.MlflowClient(self.tracking_uri)
+        experiment = client.get_experiment_by_name("srpo")
+        (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+        return Run(self.folder / "outputs" / name, client, run, output)
+
+
+@dataclass
+class Run:
+    """What a run left: its folder, its MLflow record and what it printed."""
+
+    folder: Path
+    client: mlflow.MlflowClient
+    record: Any
+    output: str
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) as logged, in time: a repeated step comes twice."""
+        points = self.client.get_metric_history(self.record.info.run_id, metric)
+        return [(point.step, point.value) for point in points]
+
+    def last_values(self, metric: str) -> list[float]:
+        """The value of each step, the last one where a step was repeated."""
+        by_step = dict(self.history(metric))
+        assert sorted(by_step) == list(range(1, NUM_STEPS + 1))
+        return [by_step[step] for step in sorted(by_step)]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+    def artifacts(self, folder: str | None = None) -> set[str]:
+        return {item.path for item in self.client.list_artifacts(self.record.info.run_id, folder)}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("training")
+    make_tiny_flux(folder / "flux")
+    make_tiny_clip(folder / "clip")
+    real = torch.randint(0, 256, (len(HELD_OUT), 3, 16, 16), dtype=torch.uint8)
+    make_tiny_judges(folder / "judge", ("3D", "Flat"), HELD_OUT, real)
+    (folder / "train.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    (folder / "heldout.txt").write_text("\n".join(HELD_OUT), encoding="utf-8")
+    wiretap = Wiretap(reward_app(Scorer({"tiny": ClipArgs(kind="clip", path=str(folder / "clip"))})))
+    # short, because the path of a socket must be
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder, serve_app(wiretap) as url:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=ray_folder, log_to_driver=False)
+        try:
+            yield Bench(folder, ray.get_runtime_context().gcs_address, url, wiretap)
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench) -> Run:
+    return bench.train(bench.write_run("undisturbed", zero_stage=2))
+
+
+def test_a_run_leaves_numbers_pictures_and_files(undisturbed: Run) -> None:
+    summary = json.loads((undisturbed.folder / "evaluation.json").read_text())
+    numbers = {"eval/style_share_3D", "eval/style_share_Flat", "eval/frechet_3D", "eval/frechet_Flat"}
+    numbers |= {"eval/subject_top5", "eval/reward"}
+    assert set(summary["base"]) == set(summary["aligned"]) == numbers
+    assert summary["num_images"] == len(HELD_OUT)
+    assert {"load", "base_evaluation", "steps", "aligned_evaluation", "export"} <= set(summary["seconds"])
+    assert undisturbed.record.info.status == "FINISHED"
+    assert [step for step, _ in undisturbed.history("eval/reward")] == [0, NUM_STEPS]
+    for metric in ("loss", "grad_norm", "reward_denoise", "reward_invert", "seconds_rollout", "seconds_reward"):
+        assert [step for step, _ in undisturbed.history(metric)] == list(range(1, NUM_STEPS + 1))
+    assert undisturbed.record.data.params["engine.zero_stage"] == "2"
+    assert {"undisturbed.yaml", "evaluation.json", "before_after.png", "model"} <= undisturbed.artifacts()
+    grids = {re.split(r"\W", path)[3] for path in undisturbed.artifacts("images") if "samples" in path}
+    assert grids == {"0", "4", str(NUM_STEPS)}
+    assert f"step {NUM_STEPS}/{NUM_STEPS}" in undisturbed.output
+
+
+def test_the_exported_model_draws_what_the_trainer_drew(undisturbed: Run) -> None:
+    pipeline = FluxPipeline.from_pretrained(undisturbed.folder / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        list(HELD_OUT),
+        generator=[evaluation_generator(0, index) for index in range(len(HELD_OUT))],
+        height=HEIGHT_PX,
+        width=WIDTH_PX,
+        num_inference_steps=3,
+        guidance_scale=3.5,
+        max_sequence_length=MAX_SEQUENCE_LENGTH,
+        output_type="pt",
+    ).images
+    aligned = Evaluation.load(undisturbed.folder / "aligned.safetensors").images
+    base = Evaluation.load(undisturbed.folder / "base.safetensors").images
+    assert (to_uint8(drawn).int() - aligned.int()).abs().max() <= 1
+    assert not torch.equal(base, aligned)
+
+
+def test_one_worker_with_other_micro_batches_and_stage_is_the_same_training(bench: Bench, undisturbed: Run) -> None:
+    alone = bench.train(bench.write_run("alone", num_workers=1, micro_batch=2, zero_stage=3))
+    for metric in ("loss", "grad_norm", "reward_denoise", "reward_invert"):
+        assert alone.last_values(metric) == pytest.approx(undisturbed.last_values(metric), abs=1e-5)
+    torch.testing.assert_close(alone.weights(), undisturbed.weights(), rtol=0, atol=1e-4)
+
+
+def test_a_killed_worker_costs_steps_but_changes_nothing(bench: Bench, undisturbed: Run) -> None:
+    bench.wiretap.count = 0
+    bench.wiretap.on_request = lambda count, pid: (
+        os.kill(pid, signal.SIGKILL) if count == REQUESTS_BEFORE_KILL else None
+    )
+    killed = bench.train(bench.write_run("killed", zero_stage=2))
+    losses = [step for step, _ in killed.history("loss")]
+    assert losses.count(1) == losses.count(2) == 1, "it resumed from a checkpoint"
+    assert [step for step, _ in killed.history("eval/reward")] == [0, NUM_STEPS]
+    assert killed.last_values("loss") == pytest.approx(undisturbed.last_values("loss"), abs=1e-6)
+    torch.testing.assert_close(killed.weights(), undisturbed.weights(), rtol=0, atol=1e-6)
+
+
+def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:
+    workers, seen = set(), threading.Event()
+
+    def on_request(_: int, pid: int) -> None:
+        workers.add(pid)
+        seen.set()
+
+    bench.wiretap.on_request = on_request
+    run_file = bench.write_run("stopped")
+    with bench.start(run_file) as process:
+        assert seen.wait(TIMEOUT_S)
+        running = [psutil.Process(pid) for pid in workers]
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert bench.find("stopped", output).record.info.status == "KILLED"
+    _, alive = psutil.wait_procs(running, timeout=30)
+    assert not alive

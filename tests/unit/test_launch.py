@@ -1,0 +1,114 @@
+"""Bad input: one line that names the thing and the cure, exit code 1, and neither a cluster nor a run left behind."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from reward_server.models import ClipArgs
+from reward_server.scorer import Scorer
+from services.config import load_run_config
+from tests.serving import reward_app, serve_app
+from tests.tiny_models import make_tiny_clip
+from trainer.launch import main, with_absolute_paths
+
+
+@pytest.fixture(scope="module")
+def reward_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    clip = make_tiny_clip(tmp_path_factory.mktemp("clip"))
+    with serve_app(reward_app(Scorer({"tiny": ClipArgs(kind="clip", path=str(clip))}))) as url:
+        yield url
+
+
+@pytest.fixture
+def run(flux_folder: Path, reward_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A run that is valid, with its files in the current folder; each test spoils one thing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    Path("train.txt").write_text("red heart\n", encoding="utf-8")
+    return {
+        "name": "tiny",
+        "num_steps": 1,
+        "model": {"path": str(flux_folder), "height_px": 32, "width_px": 32},
+        "prompts": {"path": "train.txt"},
+        "control_words": {"positive": "3D", "negative": "Flat"},
+        "reward": {"name": "tiny", "url": reward_url},
+        "optimizer": {"learning_rate": 1e-3},
+        "evaluation": {"prompts_path": "train.txt"},
+        "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+    }
+
+
+def write(run: dict[str, Any]) -> Path:
+    path = Path("run.yaml")
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("section", "spoiled", "named"),
+    [
+        ("model", {"hieght_px": 32}, ["model.hieght_px", "Extra inputs"]),
+        ("model", {"path": "nowhere/at/all"}, ["model.path nowhere/at/all", "no such folder"]),
+        ("prompts", {"path": "missing.txt"}, ["missing.txt", "No such file"]),
+        ("evaluation", {"prompts_path": "empty.txt"}, ["empty.txt is empty", "one prompt a line"]),
+        ("evaluation", {"judge_path": "nowhere"}, ["evaluation.judge_path", "null"]),
+        ("reward", {"name": "beauty"}, ["'beauty' is not served", "served: tiny"]),
+        ("engine", {"global_batch": 3, "num_workers": 2}, ["global_batch 3 is not a multiple"]),
+    ],
+)
+def test_bad_input_is_named_with_its_cure(
+    run: dict[str, Any], section: str, spoiled: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.txt").write_text("\n \n", encoding="utf-8")
+    run[section] = run.get(section, {}) | spoiled
+    assert_refused(run, named, capsys)
+
+
+@pytest.mark.parametrize(("section", "key"), [("reward", "url"), ("tracking", "uri")])
+def test_a_service_that_does_not_answer_is_named_with_its_cure(
+    run: dict[str, Any], section: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    run[section] |= {key: url}
+    assert_refused(run, [url, "make up"], capsys)
+
+
+def test_an_unreachable_cluster_is_named_with_its_cure(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{free_port()}")
+    assert_refused(run, [address, "unset RAY_ADDRESS"], capsys)
+
+
+def test_paths_become_absolute_and_a_hub_id_stays(run: dict[str, Any], tmp_path: Path) -> None:
+    run["model"]["path"] = "black-forest-labs/FLUX.1-dev"
+    run["evaluation"]["judge_path"] = "judge"
+    config = with_absolute_paths(load_run_config(write(run)))
+    assert config.model.path == "black-forest-labs/FLUX.1-dev"
+    assert config.prompts.path == config.evaluation.prompts_path == tmp_path / "train.txt"
+    assert config.evaluation.judge_path == tmp_path / "judge"
+    assert config.output_dir == tmp_path / "outputs"
+
+
+def assert_refused(run: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(write(run))]) == 1
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for part in named:
+        assert part in lines[0]
+    assert "Traceback" not in error
+    assert not ray.is_initialized()

@@ -1,0 +1,199 @@
+"""A run file -> a training on Ray Train: `python -m trainer.launch RUN.yaml`, as a Ray job or in the foreground.
+
+Whatever can be known to be wrong is found before a worker starts, and said in one line. The MLflow run is opened and
+ended here, so that it also tells of a run that was stopped or whose workers died for good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig, TrainingFailedError
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from services.config import ConfigError, RunConfig, load_run_config
+from services.reward_client import RewardClient, RewardError
+from services.tracking import RunStatus, Tracker, TrackingError
+from trainer.flux import check_model_path
+from trainer.prompts import load_prompts
+
+_ROOT = Path(__file__).resolve().parent.parent
+_EXIT_STOPPED = 130
+_CONNECT_TIMEOUT_S = 5
+_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",  # by default a reported checkpoint holds the workers up for 1.5 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on its warnings
+}
+
+
+class LaunchError(RuntimeError):
+    """The run cannot start, or it failed for good; the text names the cause."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.launch", description="Align a model as a run file says.")
+    parser.add_argument("run_file", type=Path, help="for example deploy/runs/tiny_srpo.yaml")
+    run_file: Path = parser.parse_args(arguments).run_file
+    try:
+        config = with_absolute_paths(load_run_config(run_file))
+        validate(config)
+        url = launch(config, run_file)
+    except (ConfigError, RewardError, TrackingError, LaunchError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return _EXIT_STOPPED
+    print(f"done: {config.output_dir / config.name}  {url}")
+    return 0
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The run with absolute paths: workers run in folders of their own. A model that is not here stays a hub id."""
+    model, evaluation = config.model, config.evaluation
+    path = str(Path(model.path).resolve()) if Path(model.path).exists() else model.path
+    judges = evaluation.judge_path and evaluation.judge_path.resolve()
+    held_out = {"prompts_path": evaluation.prompts_path.resolve(), "judge_path": judges}
+    return config.model_copy(
+        update={
+            "output_dir": config.output_dir.resolve(),
+            "model": model.model_copy(update={"path": path}),
+            "prompts": config.prompts.model_copy(update={"path": config.prompts.path.resolve()}),
+            "evaluation": evaluation.model_copy(update=held_out),
+        }
+    )
+
+
+def validate(config: RunConfig) -> None:
+    """Raise, naming the thing and the cure, for what would otherwise fail in a worker minutes later."""
+    for path in (config.prompts.path, config.evaluation.prompts_path):
+        load_prompts(path)
+    judges = config.evaluation.judge_path
+    if judges is not None and not judges.is_dir():
+        raise LaunchError(f"evaluation.judge_path {judges} is not a folder: give one, or null to do without judges")
+    with RewardClient(config.reward.url, timeout_s=config.reward.timeout_s, max_attempts=2) as client:
+        offered = client.models()
+    if config.reward.name not in offered:
+        raise LaunchError(
+            f"reward.name {config.reward.name!r} is not served at {config.reward.url}; served: {', '.join(offered)}"
+        )
+    check_model_path(config.model.path)
+    check_cluster(os.environ.get("RAY_ADDRESS", ""))
+
+
+def check_cluster(address: str) -> None:
+    """Raise LaunchError if nothing listens at `address` (host:port, also ray://…), on which ray.init waits for ever."""
+    place = urlsplit(address if "//" in address else f"//{address}")
+    if place.port is None:
+        return  # "", "auto" or "local"
+    try:
+        socket.create_connection((place.hostname, place.port), _CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise LaunchError(f"no Ray cluster answers at RAY_ADDRESS={address}: start it, or unset RAY_ADDRESS") from error
+
+
+def launch(config: RunConfig, run_file: Path) -> str:
+    """Train under a new MLflow run, and end that as FINISHED, FAILED or KILLED. Returns where to see it.
+
+    Raises LaunchError, TrackingError or KeyboardInterrupt.
+    """
+    tracker = Tracker.start(config.tracking.uri, config.tracking.experiment, config.name)
+    status: RunStatus = "FAILED"
+    try:
+        tracker.log_config(config)
+        tracker.log_file(run_file)
+        connect(config)
+        make_trainer(config, tracker.run_id).fit()
+        status = "FINISHED"
+    except TrainingFailedError as error:
+        raise LaunchError(_cause(error)) from error
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ray's own handlers of ctrl-C and SIGTERM exit
+        status = "KILLED"
+        raise KeyboardInterrupt from stop
+    finally:
+        tracker.finish(status)  # before the shutdown: `ray job stop` waits only 3 s before it kills
+        ray.shutdown()  # takes controller and workers along
+    return tracker.url
+
+
+def connect(config: RunConfig) -> None:
+    """Join the cluster at RAY_ADDRESS or on this machine; if there is none, start one that ends with this process."""
+    num_cpus = math.ceil(config.engine.num_workers * config.engine.cpus_per_worker)
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), logging_level="WARNING")
+    except ConnectionError:
+        if "RAY_ADDRESS" in os.environ:
+            raise
+        cores = max(num_cpus, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, logging_level="WARNING")
+    present = ray.cluster_resources().get("CPU", 0)
+    if present < num_cpus:
+        print(f"waiting for {num_cpus} CPUs (engine.num_workers × cpus_per_worker): the cluster has {present:g}")
+
+
+def make_trainer(config: RunConfig, run_id: str) -> TorchTrainer:
+    """The run as Ray Train sees it. Its checkpoints lie under the MLflow run's id: no run takes up another's."""
+    engine, checkpoint = config.engine, config.checkpoint
+    os.environ.update(_TRAIN_SETTINGS)
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={"config": config.model_dump_json(), "run_id": run_id},
+        torch_config=TorchConfig(backend="nccl" if engine.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=engine.num_workers,
+            use_gpu=engine.use_gpu,
+            resources_per_worker={"CPU": engine.cpus_per_worker},
+        ),
+        run_config=RayRunConfig(
+            name=run_id,
+            storage_path=str(config.output_dir / config.name / "checkpoints"),
+            failure_config=FailureConfig(max_failures=checkpoint.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=checkpoint.num_kept),
+            worker_runtime_env={"env_vars": _worker_environment(config)},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def _worker_environment(config: RunConfig) -> dict[str, str]:
+    python_path = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        "PYTHONPATH": os.pathsep.join(python_path),  # a checkout that is not installed
+        "OMP_NUM_THREADS": str(config.engine.threads_per_worker),  # read on import, before torch.set_num_threads
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",  # progress bars of loaders, which a log cannot show
+    }
+    return environment if config.engine.use_gpu else environment | {"DS_ACCELERATOR": "cpu"}
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    from trainer.train import train_worker  # in the worker: the launching process needs neither model nor DeepSpeed
+
+    train_worker(RunConfig.model_validate_json(settings["config"]), settings["run_id"])
+
+
+def _cause(error: TrainingFailedError) -> str:
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for rank, failure in failures.items():
+        return f"worker {rank} failed for good: {type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
+    return str(error).strip()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(main())

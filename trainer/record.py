@@ -1,0 +1,89 @@
+"""What a run tells while it goes: a step's numbers, averaged over the workers, as a line of progress and in MLflow.
+
+numbers = StepNumbers()
+with numbers.timed("rollout"):
+    ...
+numbers.add("reward_denoise", rewards)
+journal.log(lambda tracker: tracker.log_metrics(numbers.mean_over_workers(device), step))
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from services.tracking import Tracker
+
+
+class StepNumbers:
+    """What one worker gathers in one step: values by name, and seconds by phase."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, name: str, values: Tensor | float) -> None:
+        """More values of a name, of any shape; the step's number is the mean of all of them."""
+        self._values[name].append(torch.as_tensor(values, dtype=torch.float64).detach().cpu().flatten())
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] += seconds
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.add_seconds(phase, time.perf_counter() - started)
+
+    def mean_over_workers(self, device: torch.device) -> dict[str, float]:
+        """The step's numbers, equal on all workers, which call this together with the same names."""
+        local = {name: float(torch.cat(values).mean()) for name, values in self._values.items()}
+        local |= {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        names = sorted(local)
+        sums = torch.tensor([local[name] for name in names], dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        return dict(zip(names, (sums / dist.get_world_size()).tolist(), strict=True))
+
+
+class Journal:
+    """Worker 0's pen. MLflow is written beside the training, one call at a time.
+
+    No record is lost in silence: the error of a call is raised by the next one, or by `close`.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._pending: Future[None] | None = None
+
+    def log(self, write: Callable[[Tracker], None]) -> None:
+        """Hand one record over; waits while the one before it is being written."""
+        self._wait()
+        self._pending = self._pool.submit(write, self._tracker)
+
+    def close(self) -> None:
+        self._wait()
+        self._pool.shutdown()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+
+def progress_line(step: int, num_steps: int, numbers: dict[str, float]) -> str:
+    """
+    >>> progress_line(12, 60, {"reward_denoise": 0.05, "loss": 0.65, "grad_norm": 0.4, "seconds_step": 1.5})
+    'step 12/60  reward 0.0500  loss 0.6500  gradient norm 0.400  1.50 s/step  ETA 1:12'
+    """
+    minutes, seconds = divmod(round((num_steps - step) * numbers["seconds_step"]), 60)
+    return (
+        f"step {step}/{num_steps}  reward {numbers['reward_denoise']:.4f}  loss {numbers['loss']:.4f}  "
+        f"gradient norm {numbers['grad_norm']:.3f}  {numbers['seconds_step']:.2f} s/step  ETA {minutes}:{seconds:02d}"
+    )
