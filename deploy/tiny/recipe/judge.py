@@ -1,0 +1,139 @@
+"""Pictures -> two judges, for evaluation only: a style classifier and a subject embedder, both small ResNets.
+
+They share nothing with the reward but the drawings: another architecture, another loss, another seed, no text.
+`reference.safetensors` beside them holds what evaluation compares with: for each style mean and covariance of the
+classifier's features over the held-out drawings, and the embedding of every subject.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import cross_entropy, normalize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
+
+from deploy.tiny.recipe.data import SIZE_PX, STYLES, Emoji, to_float
+from deploy.tiny.recipe.views import sample_views
+
+STYLE_STEPS, SUBJECT_STEPS, BATCH, LEARNING_RATE, EMA_DECAY, TEMPERATURE = 2000, 3500, 64, 2e-3, 0.995, 0.07
+STYLE_NET = {
+    "image_size": SIZE_PX,
+    "embedding_size": 24,
+    "hidden_sizes": [24, 48, 64, 64],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
+SUBJECT_NET = {
+    "image_size": SIZE_PX,
+    "embedding_size": 32,
+    "hidden_sizes": [32, 64, 96, 128],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+}
+
+
+def train(emoji: Emoji, views: Tensor, out: Path) -> None:
+    """Train both from scratch and save style/, subject/ and reference.safetensors to `out`."""
+    style, subject = _train_style(emoji, views), _train_subject(emoji, views)
+    style.half().save_pretrained(out / "style")
+    subject.half().save_pretrained(out / "subject")
+    _write_reference(style.float(), subject.float(), emoji, out / "reference.safetensors")
+
+
+@torch.no_grad()
+def measure(style: Module, subject: Module, emoji: Emoji, views: Tensor) -> dict[str, float]:
+    """Held-out accuracy over the four styles, as drawn and VAE-passed; the same subject's Flat found from 3D."""
+    pictures = views[emoji.heldout]
+    truth = torch.arange(len(STYLES)).expand(len(pictures), -1)
+    share = {
+        name: float((_logits(style, pictures[:, :, view]) == truth).float().mean())
+        for name, view in (("style_real", 0), ("style_vae", 1))
+    }
+    solid, flat = (embed(subject, to_float(pictures[:, STYLES.index(name), 1])) for name in ("3D", "Flat"))
+    found = ((solid @ flat.T).topk(5).indices == torch.arange(len(solid))[:, None]).any(-1)
+    return {name: round(value, 4) for name, value in (share | {"subject_top5": float(found.float().mean())}).items()}
+
+
+@torch.no_grad()
+def _write_reference(style: Any, subject: Any, emoji: Emoji, out: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for index, name in enumerate(STYLES):
+        features = style.resnet(to_float(emoji.images[emoji.heldout, index])).pooler_output.flatten(1).double()
+        tensors[f"style.{name}.mean"] = features.mean(0)
+        tensors[f"style.{name}.covariance"] = features.T.cov()
+    embeddings = torch.stack([_embed_all(subject, emoji.images[:, index]) for index in range(len(STYLES))])
+    tensors["subject.embeddings"] = normalize(embeddings.mean(0), dim=-1).half()
+    save_file(tensors, out, metadata={"subjects": json.dumps(emoji.labels)})
+
+
+def reference_embeddings(path: Path) -> Tensor:
+    return load_file(path)["subject.embeddings"].float()
+
+
+def _train_style(emoji: Emoji, views: Tensor) -> Any:
+    torch.manual_seed(30)
+    config = ResNetConfig(
+        **STYLE_NET,
+        num_labels=len(STYLES),
+        id2label=dict(enumerate(STYLES)),
+        label2id={s: i for i, s in enumerate(STYLES)},
+    )
+
+    def loss(net: Module, subjects: Tensor) -> Tensor:
+        styles = torch.randint(len(STYLES), subjects.shape)
+        return cross_entropy(net(sample_views(views, subjects, styles)).logits, styles, label_smoothing=0.05)
+
+    return _fit("style", ResNetForImageClassification(config), loss, emoji, STYLE_STEPS)
+
+
+def _train_subject(emoji: Emoji, views: Tensor) -> Any:
+    torch.manual_seed(31)
+
+    def loss(net: Module, subjects: Tensor) -> Tensor:
+        styles = torch.stack([torch.randperm(len(STYLES))[:2] for _ in subjects], dim=1)
+        one, other = (embed(net, sample_views(views, subjects, styles[side])) for side in (0, 1))
+        target = torch.arange(len(subjects))
+        logits = one @ other.T / TEMPERATURE
+        return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+    return _fit("subject", ResNetModel(ResNetConfig(**SUBJECT_NET)), loss, emoji, SUBJECT_STEPS)
+
+
+def _fit(name: str, net: Module, loss_of: Callable[[Module, Tensor], Tensor], emoji: Emoji, num_steps: int) -> Any:
+    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, num_steps, pct_start=0.05)
+    training = (~emoji.heldout).nonzero().flatten()
+    started = time.monotonic()
+    for step in range(num_steps):
+        loss = loss_of(net, training[torch.randperm(len(training))[:BATCH]])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        ema.update_parameters(net)
+        if step % 250 == 0:
+            print(f"judge {name} {step}/{num_steps} loss {loss:.3f} {time.monotonic() - started:.0f} s", flush=True)
+    return ema.module.eval()
+
+
+def _logits(style: Module, pictures: Tensor) -> Tensor:
+    """(subjects, styles, 3, 64, 64) uint8 -> (subjects, styles) index of the style seen."""
+    return style(to_float(pictures.flatten(0, 1))).logits.argmax(-1).unflatten(0, pictures.shape[:2])
+
+
+def embed(subject: Module, images: Tensor) -> Tensor:
+    return normalize(subject(images).pooler_output.flatten(1), dim=-1)
+
+
+def _embed_all(subject: Module, pictures: Tensor) -> Tensor:
+    return torch.cat([embed(subject, to_float(part)) for part in pictures.split(256)])

@@ -1,0 +1,48 @@
+"""Pictures as a reward or a judge meets them: as drawn, through the VAE, and through it with disturbed latents.
+
+Generated pictures are decoded latents, never quite right ones. A net that saw only drawings calls the decoder's
+blur a style of its own, and a policy soon finds that out.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torchvision.transforms import v2
+
+from deploy.tiny.recipe.data import Emoji, to_float
+
+NUM_VIEWS = 4
+DISTURBANCES = (0.0, 0.25, 0.5)  # standard deviations of the latents
+JITTER = v2.Compose(  # style must not hang on tint, brightness, place or sharpness
+    [
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(brightness=0.25, contrast=0.2, saturation=0.3, hue=0.08)], p=0.6),
+        v2.RandomApply([v2.RandomAffine(degrees=12, translate=(0.08, 0.08), scale=(0.8, 1.1), fill=255)], p=0.4),
+        v2.RandomApply([v2.GaussianBlur(3, (0.3, 1.0))], p=0.2),
+    ]
+)
+
+
+@torch.no_grad()
+def make_views(emoji: Emoji, vae: AutoencoderKL, seed: int) -> Tensor:
+    """(subjects, styles, 4 views, 3, 64, 64) uint8: the drawing, then one decoding for each disturbance."""
+    generator = torch.Generator().manual_seed(seed)
+    views = emoji.images[:, :, None].repeat(1, 1, NUM_VIEWS, 1, 1, 1)
+    for part in torch.arange(len(emoji.labels)).split(16):
+        latents = vae.encode(to_float(emoji.images[part].flatten(0, 1))).latent_dist.mode()
+        for view, disturbance in enumerate(DISTURBANCES, start=1):
+            noise = torch.randn(latents.shape, generator=generator) * disturbance / vae.config.scaling_factor
+            decoded = vae.decode(latents + noise).sample.clamp(-1, 1)
+            views[part, :, view] = ((decoded + 1) * 127.5).round().to(torch.uint8).unflatten(0, (len(part), -1))
+    return views
+
+
+def sample_views(
+    views: Tensor, subjects: Tensor, styles: Tensor, shares: tuple[float, ...] = (0.25,) * NUM_VIEWS
+) -> Tensor:
+    """One picture for each (subject, style), at a random view and jittered: (batch, 3, 64, 64) in [-1, 1]."""
+    chosen = torch.tensor(shares).multinomial(len(subjects), replacement=True)
+    pictures = views[subjects, styles, chosen]
+    return to_float(torch.stack([JITTER(picture) for picture in pictures]))
