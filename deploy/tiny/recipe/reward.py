@@ -21,7 +21,7 @@ from deploy.tiny.recipe.data import SIZE_PX, STYLES, Emoji, to_float
 from deploy.tiny.recipe.tokenizers import clip_tokenizer
 from deploy.tiny.recipe.views import sample_views
 
-NUM_STEPS, NUM_SUBJECTS, LEARNING_RATE, EMA_DECAY, MAX_LENGTH = 6500, 32, 1.5e-3, 0.998, 24
+NUM_STEPS, NUM_SUBJECTS, LEARNING_RATE, EMA_DECAY, MAX_LENGTH = 5500, 32, 1.5e-3, 0.998, 24
 PLAIN_SHARE = 0.1  # batches of one picture a subject, captions without style words
 FLUENT_SHARE = 0.5  # of the style pairs: 3D and Flat are drawn alike and the hardest to tell apart
 VIEW_SHARES = (0.3, 0.3, 0.25, 0.15)
