@@ -21,6 +21,7 @@ from deploy.tiny.recipe import data, flux, judge, measure, reward, vae, views
 FOLDER = Path(__file__).parents[1]
 BUILD = FOLDER / "build"
 DATA, VIEWS, VAE = BUILD / "data.safetensors", BUILD / "views.safetensors", FOLDER / "flux/vae"
+JUDGE = FOLDER / "judge"
 NUM_THREADS = 1  # `make tiny` runs stages that do not need each other side by side
 
 
@@ -41,8 +42,17 @@ def make_reward() -> None:
     reward.train(data.load(DATA), _views(), FOLDER / "reward")
 
 
-def make_judge() -> None:
-    judge.train(data.load(DATA), _views(), FOLDER / "judge")
+def make_style() -> None:
+    judge.train_style(data.load(DATA), _views(), JUDGE / "style")
+
+
+def make_subject() -> None:
+    judge.train_subject(data.load(DATA), _views(), JUDGE / "subject")
+
+
+def make_reference() -> None:
+    style, subject = measure.load_judges(JUDGE)
+    judge.write_reference(style, subject, data.load(DATA), JUDGE / "reference.safetensors")
 
 
 def make_flux() -> None:
@@ -66,7 +76,9 @@ STAGES: dict[str, tuple[Callable[[], None], Path]] = {  # stage -> what makes it
     "vae": (make_vae, VAE / "diffusion_pytorch_model.safetensors"),
     "views": (make_views, VIEWS),
     "reward": (make_reward, FOLDER / "reward/preprocessor_config.json"),
-    "judge": (make_judge, FOLDER / "judge/reference.safetensors"),
+    "style": (make_style, JUDGE / "style/model.safetensors"),
+    "subject": (make_subject, JUDGE / "subject/model.safetensors"),
+    "reference": (make_reference, JUDGE / "reference.safetensors"),
     "flux": (make_flux, FOLDER / "flux/model_index.json"),
     "prompts": (make_prompts, FOLDER / "prompts/heldout.txt"),
     "measure": (make_measure, FOLDER / "numbers.json"),

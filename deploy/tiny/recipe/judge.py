@@ -22,14 +22,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 
 from deploy.tiny.recipe.data import SIZE_PX, STYLES, Emoji, to_float
-from deploy.tiny.recipe.views import sample_views
+from deploy.tiny.recipe.views import FLIP, sample_views
 
-STYLE_STEPS, SUBJECT_STEPS, BATCH, LEARNING_RATE, EMA_DECAY, TEMPERATURE = 2000, 3500, 64, 2e-3, 0.995, 0.07
+STYLE_STEPS, SUBJECT_STEPS, BATCH, LEARNING_RATE, EMA_DECAY, TEMPERATURE = 3500, 3500, 64, 2e-3, 0.995, 0.07
+STYLE_VIEW_SHARES = (0.45, 0.35, 0.15, 0.05)
 STYLE_NET = {
     "image_size": SIZE_PX,
-    "embedding_size": 24,
-    "hidden_sizes": [24, 48, 64, 64],
-    "depths": [1, 1, 1, 1],
+    "embedding_size": 32,
+    "hidden_sizes": [32, 64, 128, 64],
+    "depths": [2, 2, 2, 1],
     "layer_type": "basic",
 }
 SUBJECT_NET = {
@@ -41,12 +42,32 @@ SUBJECT_NET = {
 }
 
 
-def train(emoji: Emoji, views: Tensor, out: Path) -> None:
-    """Train both from scratch and save style/, subject/ and reference.safetensors to `out`."""
-    style, subject = _train_style(emoji, views), _train_subject(emoji, views)
-    style.half().save_pretrained(out / "style")
-    subject.half().save_pretrained(out / "subject")
-    _write_reference(style.float(), subject.float(), emoji, out / "reference.safetensors")
+def train_style(emoji: Emoji, views: Tensor, out: Path) -> None:
+    """Train the classifier from scratch and save it to `out`."""
+    torch.manual_seed(30)
+    names = dict(enumerate(STYLES))
+    config = ResNetConfig(**STYLE_NET, id2label=names, label2id={name: index for index, name in names.items()})
+
+    def loss(net: Module, subjects: Tensor) -> Tensor:
+        styles = torch.randint(len(STYLES), subjects.shape)
+        pictures = sample_views(views, subjects, styles, STYLE_VIEW_SHARES, FLIP)  # shading is what it has to see
+        return cross_entropy(net(pictures).logits, styles, label_smoothing=0.05)
+
+    _fit("style", ResNetForImageClassification(config), loss, emoji, STYLE_STEPS).half().save_pretrained(out)
+
+
+def train_subject(emoji: Emoji, views: Tensor, out: Path) -> None:
+    """Train the embedder from scratch and save it to `out`."""
+    torch.manual_seed(31)
+
+    def loss(net: Module, subjects: Tensor) -> Tensor:
+        styles = torch.stack([torch.randperm(len(STYLES))[:2] for _ in subjects], dim=1)
+        one, other = (embed(net, sample_views(views, subjects, styles[side])) for side in (0, 1))
+        target = torch.arange(len(subjects))
+        logits = one @ other.T / TEMPERATURE
+        return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+
+    _fit("subject", ResNetModel(ResNetConfig(**SUBJECT_NET)), loss, emoji, SUBJECT_STEPS).half().save_pretrained(out)
 
 
 @torch.no_grad()
@@ -64,7 +85,8 @@ def measure(style: Module, subject: Module, emoji: Emoji, views: Tensor) -> dict
 
 
 @torch.no_grad()
-def _write_reference(style: Any, subject: Any, emoji: Emoji, out: Path) -> None:
+def write_reference(style: Any, subject: Any, emoji: Emoji, out: Path) -> None:
+    """What evaluation compares with, for float32 judges in eval mode."""
     tensors: dict[str, Tensor] = {}
     for index, name in enumerate(STYLES):
         features = style.resnet(to_float(emoji.images[emoji.heldout, index])).pooler_output.flatten(1).double()
@@ -77,35 +99,6 @@ def _write_reference(style: Any, subject: Any, emoji: Emoji, out: Path) -> None:
 
 def reference_embeddings(path: Path) -> Tensor:
     return load_file(path)["subject.embeddings"].float()
-
-
-def _train_style(emoji: Emoji, views: Tensor) -> Any:
-    torch.manual_seed(30)
-    config = ResNetConfig(
-        **STYLE_NET,
-        num_labels=len(STYLES),
-        id2label=dict(enumerate(STYLES)),
-        label2id={s: i for i, s in enumerate(STYLES)},
-    )
-
-    def loss(net: Module, subjects: Tensor) -> Tensor:
-        styles = torch.randint(len(STYLES), subjects.shape)
-        return cross_entropy(net(sample_views(views, subjects, styles)).logits, styles, label_smoothing=0.05)
-
-    return _fit("style", ResNetForImageClassification(config), loss, emoji, STYLE_STEPS)
-
-
-def _train_subject(emoji: Emoji, views: Tensor) -> Any:
-    torch.manual_seed(31)
-
-    def loss(net: Module, subjects: Tensor) -> Tensor:
-        styles = torch.stack([torch.randperm(len(STYLES))[:2] for _ in subjects], dim=1)
-        one, other = (embed(net, sample_views(views, subjects, styles[side])) for side in (0, 1))
-        target = torch.arange(len(subjects))
-        logits = one @ other.T / TEMPERATURE
-        return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-
-    return _fit("subject", ResNetModel(ResNetConfig(**SUBJECT_NET)), loss, emoji, SUBJECT_STEPS)
 
 
 def _fit(name: str, net: Module, loss_of: Callable[[Module, Tensor], Tensor], emoji: Emoji, num_steps: int) -> Any:

@@ -22,8 +22,7 @@ GRID_ROWS, GRID_COLUMNS, CAPTION_PX = 6, 10, 14
 def measure(emoji: Emoji, views: Tensor, folder: Path) -> dict[str, float]:
     """Every number of the model card; writes numbers.json and samples.png to `folder`."""
     pipeline = FluxPipeline.from_pretrained(folder / "flux", torch_dtype=torch.float32)
-    style = AutoModelForImageClassification.from_pretrained(folder / "judge/style", dtype=torch.float32).eval()
-    subject = AutoModel.from_pretrained(folder / "judge/subject", dtype=torch.float32).eval()
+    style, subject = load_judges(folder / "judge")
     clip = CLIPModel.from_pretrained(folder / "reward", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "reward")
     numbers: dict[str, float] = {"vae_psnr_db": round(_psnr(folder, emoji), 2)}
@@ -40,6 +39,13 @@ def measure(emoji: Emoji, views: Tensor, folder: Path) -> dict[str, float]:
             _grid(images[:shown], [emoji.labels[i] for i in subjects[:shown].tolist()]).save(folder / "samples.png")
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
     return numbers
+
+
+def load_judges(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The style classifier and the subject embedder, float32 and in eval mode."""
+    style = AutoModelForImageClassification.from_pretrained(folder / "style", dtype=torch.float32)
+    subject = AutoModel.from_pretrained(folder / "subject", dtype=torch.float32)
+    return style.eval(), subject.eval()
 
 
 def sample(pipeline: FluxPipeline, prompts: list[str], seed: int = 0) -> Tensor:

@@ -6,6 +6,8 @@ blur a style of its own, and a policy soon finds that out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -15,6 +17,7 @@ from deploy.tiny.recipe.data import Emoji, to_float
 
 NUM_VIEWS = 4
 DISTURBANCES = (0.0, 0.25, 0.5)  # standard deviations of the latents
+FLIP = v2.RandomHorizontalFlip()
 JITTER = v2.Compose(  # style must not hang on tint, brightness, place or sharpness
     [
         v2.RandomHorizontalFlip(),
@@ -40,9 +43,13 @@ def make_views(emoji: Emoji, vae: AutoencoderKL, seed: int) -> Tensor:
 
 
 def sample_views(
-    views: Tensor, subjects: Tensor, styles: Tensor, shares: tuple[float, ...] = (0.25,) * NUM_VIEWS
+    views: Tensor,
+    subjects: Tensor,
+    styles: Tensor,
+    shares: tuple[float, ...] = (0.25,) * NUM_VIEWS,
+    jitter: Callable[[Tensor], Tensor] = JITTER,
 ) -> Tensor:
     """One picture for each (subject, style), at a random view and jittered: (batch, 3, 64, 64) in [-1, 1]."""
     chosen = torch.tensor(shares).multinomial(len(subjects), replacement=True)
     pictures = views[subjects, styles, chosen]
-    return to_float(torch.stack([JITTER(picture) for picture in pictures]))
+    return to_float(torch.stack([jitter(picture) for picture in pictures]))

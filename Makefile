@@ -1,0 +1,47 @@
+# What one can do here. A target is a line or two; what needs more is a program in deploy/.
+PYTHON ?= python3.11
+TINY := .venv/bin/python -m deploy.tiny.recipe
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up down fmt check test ci tiny clean
+
+help:  ## list the targets
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.complete  ## create .venv with pinned versions (the first time: about 5 minutes, 7 GB)
+.venv/.complete: pyproject.toml deploy/constraints.txt
+	@test -x .venv/bin/python || { echo "creating .venv (about 5 minutes)"; $(PYTHON) -m venv .venv; }
+	$(PIP) install --constraint deploy/constraints.txt --editable '.[dev,tiny]'
+	$(PIP) install --no-deps hpsv2x==1.2.0  # its own pins contradict everyone else's (pyproject.toml)
+	@touch $@
+
+demo: setup  ## align the embedded model, show before and after (under 8 minutes on 2 cores)
+	.venv/bin/python -m deploy.demo
+
+up: setup  ## start Ray, the reward service and MLflow on this machine, and keep them up
+	.venv/bin/python -m deploy.local up
+
+down: setup  ## stop what `make up` started, and nothing else
+	.venv/bin/python -m deploy.local down
+
+fmt: setup  ## format and fix what can be fixed by machine
+	.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
+
+check: setup  ## format, lint, types, import rules
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test: setup  ## all tests, with real components (under 15 minutes)
+	.venv/bin/pytest
+
+ci: check test  ## what CI runs
+
+tiny: setup  ## train the embedded default from scratch (hours; resumable stage by stage)
+	$(TINY) data vae views prompts
+	$(TINY) flux & flux=$$!; $(TINY) reward style subject reference; others=$$?; wait $$flux && exit $$others  # one thread each
+	$(TINY) measure
+
+clean: down  ## stop services, remove what runs and tools wrote (outputs/ and .venv stay)
+	rm -rf .run .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

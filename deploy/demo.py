@@ -1,0 +1,197 @@
+"""`make demo`: align the embedded model in two opposite directions and show what became of it.
+
+Services up; two Ray jobs one after the other (3D | Flat and, otherwise the same, Flat | 3D); then a table by judges
+that took no part in training, outputs/demo/summary.json and the pictures beside it. What was not running before is
+stopped at the end, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.local import LocalServices
+from deploy.process import OwnedProcess
+from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError, Settings, add_options, settings
+from services.config import ConfigError, RunConfig, load_run_config
+from services.jobs import Jobs, JobsError
+from services.tracking import Tracker, TrackingError
+
+RUNS = ROOT / "deploy" / "runs"
+FORWARD, REVERSED = RUNS / "tiny_srpo.yaml", RUNS / "tiny_srpo_reversed.yaml"
+_REWARD = "eval/reward"
+_LIBRARIES = ("ray", "torch", "diffusers", "transformers", "deepspeed", "mlflow")
+
+
+class DemoError(RuntimeError):
+    """A training of the demo failed; the text names it and where its output is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished training: its configuration, the evaluation.json it left, its seconds as a job, its page in MLflow."""
+
+    config: RunConfig
+    evaluation: dict[str, Any]
+    seconds: float
+    url: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.config.control_words.positive} | {self.config.control_words.negative}"
+
+    @property
+    def folder(self) -> Path:
+        return self.config.output_dir / self.config.name
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a training is to show, and whether it did."""
+
+    run: str
+    text: str
+    is_met: bool
+
+
+def demo(services: LocalServices, run_files: Sequence[Path], out_dir: Path) -> dict[str, Any]:
+    """Run it all and return the summary. Raises LocalError, JobsError, DemoError; stops what it started in any case."""
+    began = time.monotonic()
+    started: list[OwnedProcess] = []
+    try:
+        started = services.up()
+        outcomes = [train(services.settings, file) for file in run_files]
+    finally:
+        services.down(started)
+    summary = summarise(outcomes, services.seconds, time.monotonic() - began)
+    write(summary, outcomes, out_dir)
+    return summary
+
+
+def train(where: Settings, run_file: Path) -> Outcome:
+    """Submit one run as a Ray job, show what it prints, and read what it left."""
+    began = time.monotonic()
+    config = load_run_config(_at_our_services(where, run_file))
+    jobs = Jobs(where.dashboard_url)
+    words = config.control_words
+    print(f"\n== {config.name}: more {words.positive}, less {words.negative} ==", flush=True)
+    job_id = jobs.submit(where.run_dir / run_file.name)
+    try:
+        for piece in jobs.follow(job_id):
+            print(piece, end="", flush=True)
+    finally:
+        status = jobs.status(job_id)
+        if status in ("PENDING", "RUNNING"):
+            jobs.stop(job_id)
+    if status != "SUCCEEDED":
+        raise DemoError(f"{config.name}: job {job_id} {status}; its output is above")
+    evaluation = json.loads((config.output_dir / config.name / "evaluation.json").read_text(encoding="utf-8"))
+    url = Tracker.latest(where.mlflow_url, config.tracking.experiment, config.name).url
+    return Outcome(config, evaluation, time.monotonic() - began, url)
+
+
+def _at_our_services(where: Settings, run_file: Path) -> Path:
+    """A copy of the run file that names the services' addresses, which options can change."""
+    tree = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    tree["reward"] = {**tree["reward"], "url": where.serve_url}
+    tree["tracking"] = {**tree.get("tracking", {}), "uri": where.mlflow_url}
+    copy = where.run_dir / run_file.name
+    copy.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return copy
+
+
+def summarise(outcomes: Sequence[Outcome], seconds_up: dict[str, float], seconds_total: float) -> dict[str, Any]:
+    """Every number of the table, seconds by phase, versions, the machine's cores."""
+    seconds = {each.config.name: {"total": each.seconds, **each.evaluation["seconds"]} for each in outcomes}
+    return {
+        "num_images": outcomes[0].evaluation["num_images"],
+        "base": _judged(outcomes[0].evaluation["base"]),
+        "aligned": {each.label: _judged(each.evaluation["aligned"]) for each in outcomes},
+        "rewards": {each.label: [each.evaluation[when][_REWARD] for when in ("base", "aligned")] for each in outcomes},
+        "claims": [asdict(claim) for each in outcomes for claim in claims(each, is_main=each is outcomes[0])],
+        "seconds": {"services": seconds_up, **seconds, "total": seconds_total},
+        "mlflow_runs": {each.label: each.url for each in outcomes},
+        "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
+        "num_cores": os.cpu_count(),
+    }
+
+
+def _judged(numbers: dict[str, float]) -> dict[str, float]:
+    """What can be compared between trainings: each has a reward of its own, that of its pair."""
+    return {name.removeprefix("eval/"): value for name, value in numbers.items() if name != _REWARD}
+
+
+def claims(outcome: Outcome, *, is_main: bool) -> list[Claim]:
+    """What the demo promises (README.md, results), checked on held-out prompts by the judges' numbers."""
+    wanted = outcome.config.control_words.positive
+    base, aligned = outcome.evaluation["base"], outcome.evaluation["aligned"]
+    share, frechet, subject = f"eval/style_share_{wanted}", f"eval/frechet_{wanted}", "eval/subject_top5"
+    checks = {"subject found at least nine tenths as often as before": aligned[subject] >= 0.9 * base[subject]}
+    if is_main:
+        checks[f"share of {wanted} at least doubled"] = aligned[share] >= 2 * base[share]
+        checks[f"share of {wanted} at least 60 %"] = aligned[share] >= 0.6
+        checks[f"distance to real {wanted} at least halved"] = aligned[frechet] <= base[frechet] / 2
+    else:
+        checks[f"share of {wanted} raised"] = aligned[share] > base[share]
+        checks[f"distance to real {wanted} not increased"] = aligned[frechet] <= base[frechet]
+    return [Claim(outcome.label, text, is_met) for text, is_met in checks.items()]
+
+
+def write(summary: dict[str, Any], outcomes: Sequence[Outcome], out_dir: Path) -> None:
+    """summary.json, before_after.png of the first training, and before_after_<name>.png of the others."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for index, outcome in enumerate(outcomes):
+        suffix = f"_{outcome.config.name}" if index else ""
+        shutil.copy(outcome.folder / "before_after.png", out_dir / f"before_after{suffix}.png")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The numbers as people read them: a line a number, a column a model, then the claims."""
+    columns = {"base": summary["base"], **summary["aligned"]}
+    lines = [f"{summary['num_images']} held-out images", f"{'':20}" + "".join(f"{label:>12}" for label in columns)]
+    for name in summary["base"]:
+        lines.append(f"{name:20}" + "".join(f"{numbers[name]:12.3f}" for numbers in columns.values()))
+    lines += [f"reward {label:13}{base:12.3f} → {aligned:.3f}" for label, (base, aligned) in summary["rewards"].items()]
+    lines += [f"{'met' if each['is_met'] else 'MISSED':8}{each['run']}: {each['text']}" for each in summary["claims"]]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 1 with what failed and its cure on stderr."""
+    parser = argparse.ArgumentParser("deploy.demo", description=__doc__)
+    add_options(parser)
+    parser.add_argument("--out-dir", type=Path, default=ROOT / "outputs" / "demo", help="(%(default)s)")
+    args = parser.parse_args(arguments)
+    where = settings(args)
+    try:
+        summary = demo(LocalServices(where), (FORWARD, REVERSED), args.out_dir)
+    except (LocalError, ConfigError, JobsError, TrackingError, DemoError) as error:
+        print(f"make demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("make demo: interrupted; what it started is stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"\n{table(summary)}\n\n{summary['seconds']['total']:.0f} s in all; {args.out_dir}/summary.json")
+    print(f"pictures         {args.out_dir}/before_after.png")
+    print("`make up` brings the services back:")
+    for label, url in summary["mlflow_runs"].items():
+        print(f"MLflow, {label:9}{url}")
+    print(f"reward service   {where.serve_url}/docs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""A background process that is ours beyond doubt: started in a session of its own, recorded with its start time.
+
+mlflow = OwnedProcess("mlflow", Path(".run"))
+mlflow.start([sys.executable, "-m", "mlflow", "server"], cwd=Path.cwd(), env={})
+mlflow.is_running()   # also from another program, later
+mlflow.stop()         # with all its descendants; a process that merely has the same pid is left alone
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_GRACE_S = 3.0  # enough to close a database; Ray would drain its node for up to 30 s, which protects nothing here
+_SAME_START_S = 1.0  # psutil reads start times to a clock tick; pids are not reused within a second
+
+
+class OwnedProcess:
+    """A named process under `run_dir`: its record in NAME.json, its output in logs/NAME.log."""
+
+    def __init__(self, name: str, run_dir: Path) -> None:
+        self.name = name
+        self.log_file = run_dir / "logs" / f"{name}.log"
+        self._record_file = run_dir / f"{name}.json"
+
+    def start(self, command: Sequence[str], cwd: Path, env: Mapping[str, str], **notes: str) -> None:
+        """Start it in the background with `env` added to ours; `notes` are kept in its record until it is stopped."""
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("wb") as log:
+            child = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env={**os.environ, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        record = {"pid": child.pid, "started": psutil.Process(child.pid).create_time(), "notes": notes}
+        self._record_file.write_text(json.dumps(record), encoding="utf-8")
+
+    def is_running(self) -> bool:
+        """Whether the very process that was started is alive."""
+        return (record := self._record()) is not None and _leader(record) is not None
+
+    def notes(self) -> dict[str, str]:
+        """What was noted at start; empty where nothing is recorded."""
+        record = self._record()
+        return dict(record["notes"]) if record else {}
+
+    def stop(self) -> bool:
+        """End it and all its descendants, and forget it; False if nothing of it was running.
+
+        The leader is asked and given time to end the others; what is left in its session after that is killed.
+        """
+        if (record := self._record()) is None:
+            return False
+        leader, family = _leader(record), _session(record)
+        if leader is not None:
+            leader.terminate()
+            psutil.wait_procs([leader], timeout=_GRACE_S)
+        for process in _session(record):
+            _send(process, signal.SIGKILL)
+        psutil.wait_procs(family, timeout=_GRACE_S)
+        self._record_file.unlink()
+        return bool(family)
+
+    def last_lines(self, num_lines: int = 15) -> str:
+        """The end of its output, for an error message."""
+        if not self.log_file.exists():
+            return ""
+        return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
+
+    def _record(self) -> dict[str, Any] | None:
+        if not self._record_file.exists():
+            return None
+        record: dict[str, Any] = json.loads(self._record_file.read_text(encoding="utf-8"))
+        return record
+
+
+def _leader(record: Mapping[str, Any]) -> psutil.Process | None:
+    try:
+        process = psutil.Process(record["pid"])
+        is_same = abs(process.create_time() - record["started"]) < _SAME_START_S
+        return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _session(record: Mapping[str, Any]) -> list[psutil.Process]:
+    """Every process of the leader's session, also of a dead leader: no pid is reused while its session lives."""
+    if psutil.pid_exists(record["pid"]) and _leader(record) is None and not _is_zombie(record["pid"]):
+        return []  # the pid is another process's now, so nothing of ours can be left
+    members = [process for process in psutil.process_iter() if _session_id(process.pid) == record["pid"]]
+    return [process for process in members if not _is_zombie(process.pid)]
+
+
+def _session_id(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _send(process: psutil.Process, signal_number: int) -> None:
+    try:
+        process.send_signal(signal_number)
+    except psutil.NoSuchProcess:
+        return  # it ended by itself in the meantime, which is what was wanted

@@ -1,0 +1,115 @@
+"""The only Ray Jobs client: submit a run, list runs, follow what they print, stop them.
+
+jobs = Jobs("http://127.0.0.1:8265")
+job_id = jobs.submit(Path("deploy/runs/tiny_srpo.yaml"))
+for text in jobs.follow(job_id):
+    print(text, end="")
+assert jobs.status(job_id) == "SUCCEEDED"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+T = TypeVar("T")
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it announces that a log has ended
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where `make up` starts Ray's dashboard, and Ray's own default
+
+
+class JobsError(RuntimeError):
+    """The cluster did not take the request; the text names its address, or the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """
+    >>> Job(id="raysubmit_x", run="deploy/runs/tiny_srpo.yaml", status="RUNNING")
+    """
+
+    id: str
+    run: str
+    status: str
+
+
+class Jobs:
+    """The jobs of one cluster. Raises JobsError where nobody answers at the address of its dashboard."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self.address = address
+        self._client: JobSubmissionClient = self._ask(lambda: JobSubmissionClient(address, headers=request_headers()))
+
+    def submit(self, run_file: Path) -> str:
+        """Start the run as a Ray job and return its id.
+
+        The job runs in the caller's folder under the caller's Python, so this is for clusters that share the disk;
+        others take `ray job submit --working-dir . -- python -m trainer.launch RUN.yaml`.
+        """
+        folder, run = shlex.quote(str(Path.cwd())), shlex.quote(str(run_file))
+        entrypoint = f"cd {folder} && exec {shlex.quote(sys.executable)} -m trainer.launch {run}"
+        return self._ask(lambda: self._client.submit_job(entrypoint=entrypoint, metadata={"run": str(run_file)}))
+
+    def list(self) -> list[Job]:
+        """Every job that the cluster remembers and that was submitted, oldest first."""
+        details = self._ask(self._client.list_jobs)
+        submitted = sorted((each for each in details if each.submission_id), key=lambda each: each.start_time or 0)
+        return [
+            Job(each.submission_id, (each.metadata or {}).get("run", each.entrypoint), str(each.status.value))
+            for each in submitted
+        ]
+
+    def status(self, job_id: str) -> str:
+        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+        return str(self._ask(lambda: self._client.get_job_status(job_id)).value)
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """What the job prints, in pieces as they come, from its start until it ends."""
+        with asyncio.Runner() as runner:
+            pieces = self._client.tail_job_logs(job_id)
+            while (piece := self._ask(lambda: runner.run(_next_piece(pieces)))) is not None:
+                yield piece
+
+    def stop(self, job_id: str) -> None:
+        """Ask the job to end; it is killed if it does not within a few seconds. A job that has ended stays so."""
+        self._ask(lambda: self._client.stop_job(job_id))
+
+    def _ask(self, request: Callable[[], T]) -> T:
+        try:
+            return request()
+        except ConnectionError as error:
+            raise JobsError(
+                f"no Ray cluster answers at {self.address}: start one with `make up`, or give its address"
+            ) from error
+        except AuthenticationError as error:
+            raise JobsError(
+                f"Ray at {self.address} wants its token: put it into {token_path()}, or set RAY_AUTH_TOKEN"
+            ) from error
+        except RuntimeError as error:  # what the client raises for every refusal
+            raise JobsError(f"Ray at {self.address} refused: {str(error).splitlines()[0]}") from error
+
+
+def token_path() -> Path:
+    """Where Ray's token is kept, for Ray's own tools and for ours."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def request_headers() -> dict[str, str]:
+    """Ray's token, if there is one, as the dashboard wants it; a cluster without authentication ignores it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    path = token_path()
+    return {"Authorization": f"Bearer {path.read_text(encoding='utf-8').strip()}"} if path.is_file() else {}
+
+
+async def _next_piece(pieces: AsyncIterator[str]) -> str | None:
+    return await anext(pieces, None)

@@ -1,0 +1,175 @@
+"""The only MLflow: a run's parameters, metrics, pictures, files and its end.
+
+MLflow is the record of a training; this file makes three promises over the bare client. Every call is synchronous, so
+nothing that was logged is lost with the process. Every call is bounded in time: with MLflow's defaults a dead server
+blocks a training for minutes. Every failure is a TrackingError that names the server.
+
+    tracker = Tracker.start("http://127.0.0.1:5000", experiment="srpo", name="tiny_srpo")
+    tracker.log_config(config)
+    tracker.log_metrics({"reward": 0.4, "loss": 0.3}, step=1)
+    tracker.finish("FINISHED")
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import mlflow
+import PIL.Image
+import requests
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel
+
+# Read by MLflow at each call. setdefault: whoever runs a slow or distant server can ask for more patience.
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds a server may stay silent: both cores may be busy training
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the programs that use this file say themselves what is where
+}
+_PARAMS_PER_CALL = 100  # the tracking API's limit
+
+T = TypeVar("T")
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class TrackingError(RuntimeError):
+    """The tracking server did not take a record; the text names its URI and what was being recorded."""
+
+
+class Tracker:
+    """One MLflow run. Make it with `start` or `resume`; in a distributed training only rank 0 holds one."""
+
+    def __init__(self, client: mlflow.MlflowClient, uri: str, run_id: str) -> None:
+        self._client = client
+        self.uri = uri
+        self.run_id = run_id
+
+    @classmethod
+    def start(cls, uri: str, experiment: str, name: str, tags: Mapping[str, str] | None = None) -> Tracker:
+        """Open a new run called `name`. Raises TrackingError where the server cannot be reached."""
+        client = _connect(uri)
+
+        def create() -> str:
+            run = client.create_run(_experiment_id(client, experiment), run_name=name, tags=dict(tags or {}))
+            return str(run.info.run_id)
+
+        return cls(client, uri, _bounded(uri, f"start run {name!r}", create))
+
+    @classmethod
+    def resume(cls, uri: str, run_id: str) -> Tracker:
+        """Go on with an existing run, as a restarted worker does. Raises TrackingError where there is none."""
+        client = _connect(uri)
+        _bounded(uri, f"resume run {run_id}", lambda: client.update_run(run_id, status="RUNNING"))
+        return cls(client, uri, run_id)
+
+    @classmethod
+    def latest(cls, uri: str, experiment: str, name: str) -> Tracker:
+        """The run last started under this name, to be read. Raises TrackingError where there is none."""
+        client = _connect(uri)
+
+        def find() -> str:
+            query, order = f"attributes.run_name = '{name}'", ["attributes.start_time DESC"]
+            runs = client.search_runs([_experiment_id(client, experiment)], query, max_results=1, order_by=order)
+            if not runs:
+                raise MlflowException(f"experiment {experiment!r} has none")
+            return str(runs[0].info.run_id)
+
+        return cls(client, uri, _bounded(uri, f"find run {name!r}", find))
+
+    @property
+    def url(self) -> str:
+        """Where a person sees this run in a browser."""
+        run = _bounded(self.uri, "look the run up", lambda: self._client.get_run(self.run_id))
+        return f"{self.uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
+
+    def log_config(self, config: BaseModel) -> None:
+        """Every setting as a parameter under its dotted key. Repeating it with equal values is allowed."""
+        flat = flatten(config.model_dump(mode="json"))
+        params = [Param(key, str(value)) for key, value in flat.items()]
+        for start in range(0, len(params), _PARAMS_PER_CALL):
+            batch = params[start : start + _PARAMS_PER_CALL]
+            self._call("log parameters", self._client.log_batch, self.run_id, params=batch, synchronous=True)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """All numbers of one step in one call (about 0.1 s on a busy machine, whatever their count)."""
+        now_ms = int(time.time() * 1000)
+        batch = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
+        self._call(f"log step {step}", self._client.log_batch, self.run_id, metrics=batch, synchronous=True)
+
+    def log_image(self, image: PIL.Image.Image, key: str, step: int) -> None:
+        """A picture that belongs to a step; the browser gives all pictures of a key one slider over steps."""
+        self._call(f"log image {key}", self._client.log_image, self.run_id, image, key=key, step=step, synchronous=True)
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file to the run's artifacts, under `folder` there. Raises FileNotFoundError if it is missing."""
+        if not path.is_file():
+            raise FileNotFoundError(f"no file to log at {path}")
+        self._call(f"upload {path.name}", self._client.log_artifact, self.run_id, str(path), folder)
+
+    def log_model_folder(self, folder: Path, name: str = "model") -> None:
+        """Copy a whole model folder to the run's artifacts. Raises FileNotFoundError if it is missing."""
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no model folder to log at {folder}")
+        self._call(f"upload {folder.name}/", self._client.log_artifacts, self.run_id, str(folder), name)
+
+    def set_tag(self, key: str, value: str) -> None:
+        self._call(f"set tag {key}", self._client.set_tag, self.run_id, key, value, synchronous=True)
+
+    def finish(self, status: RunStatus = "FINISHED") -> None:
+        self._call(f"end the run as {status}", self._client.set_terminated, self.run_id, status)
+
+    def _call(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        _bounded(self.uri, what, lambda: function(*args, **kwargs))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """
+    >>> flatten({"seed": 0, "engine": {"zero_stage": 2}})
+    {'seed': 0, 'engine.zero_stage': 2}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _connect(uri: str) -> mlflow.MlflowClient:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # the global URI too: artifact upload resolves mlflow-artifacts:/ against it, not against the client's
+    mlflow.set_tracking_uri(uri)
+    return _bounded(uri, "connect", lambda: mlflow.MlflowClient(tracking_uri=uri))
+
+
+def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:  # another run created it between the two calls; if not, this raises the reason again
+        if found := client.get_experiment_by_name(name):
+            return str(found.experiment_id)
+        raise
+
+
+def _bounded(uri: str, what: str, call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except (MlflowException, requests.RequestException) as error:
+        raise TrackingError(f"MLflow at {uri}: cannot {what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    causes = (error, error.__context__)
+    if any(isinstance(cause, requests.RequestException) for cause in causes):
+        return "it does not answer; `make up` starts a local server, tracking.uri names another"
+    return str(error).splitlines()[0]

@@ -1,0 +1,185 @@
+"""The platform as a person uses it: services up on ports of their own, jobs, commands, the demo, services down.
+
+One set of services for the whole file, at tiny size with random weights; nothing of a running `make up` is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import psutil
+import pytest
+import torch
+import yaml
+
+from deploy.demo import demo, table
+from deploy.local import LocalServices
+from deploy.settings import ROOT, LocalError, Settings, free_port
+from services.jobs import Jobs, JobsError
+from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
+from tests.tiny_judges import make_tiny_judges
+from tests.tiny_models import make_tiny_clip
+
+pytestmark = pytest.mark.slow
+
+REWARD = "tiny"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, judges and prompts that run files name by relative paths."""
+    folder = tmp_path_factory.mktemp("platform")
+    make_tiny_flux(folder / "flux")
+    make_tiny_clip(folder / "clip")
+    held_out = PROMPTS[:4]
+    real = torch.randint(0, 256, (len(held_out), 3, 16, 16), dtype=torch.uint8)
+    make_tiny_judges(folder / "judge", ("3D", "Flat"), held_out, real)
+    (folder / "train.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    (folder / "heldout.txt").write_text("\n".join(held_out), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def where(folder: Path) -> Settings:
+    serve = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text(encoding="utf-8"))
+    serve["applications"][0]["args"]["rewards"] = {REWARD: {"kind": "clip", "path": str(folder / "clip")}}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(serve), encoding="utf-8")
+    return Settings(free_port(), free_port(), free_port(), folder / "run", folder / "serve.yaml")
+
+
+@pytest.fixture(scope="module")
+def services(where: Settings) -> Iterator[LocalServices]:
+    services = LocalServices(where)
+    started = services.up()
+    assert [process.name for process in started] == ["ray", "mlflow"]
+    yield services
+    services.down()
+
+
+@pytest.fixture(scope="module")
+def run_files(folder: Path) -> list[Path]:
+    return [write_run(folder, "there", "3D", "Flat"), write_run(folder, "back", "Flat", "3D")]
+
+
+def write_run(folder: Path, name: str, positive: str, negative: str, **changes: Any) -> Path:
+    size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    run = {
+        "name": name,
+        "num_steps": 2,
+        "model": {"path": "flux", **size},
+        "prompts": {"path": "train.txt"},
+        "control_words": {"positive": positive, "negative": negative},
+        "rollout": {"num_steps": 2},
+        "reward": {"name": REWARD},
+        "optimizer": {"learning_rate": 1e-3},
+        "engine": {"num_workers": 2, "global_batch": 2},
+        "evaluation": {"prompts_path": "heldout.txt", "num_steps": 2, "judge_path": "judge"},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(run | changes), encoding="utf-8")
+    return path
+
+
+def srpo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "services.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_up_again_starts_nothing(services: LocalServices, where: Settings) -> None:
+    assert LocalServices(where).up() == []
+
+
+def test_other_services_on_the_same_port_are_refused_by_name(services: LocalServices, folder: Path) -> None:
+    others = LocalServices(replace(services.settings, run_dir=folder / "other"))
+    with pytest.raises(LocalError, match=rf"port {services.settings.dashboard_port} .* --dashboard-port"):
+        others.up()
+    assert not (folder / "other" / "ray.json").exists()
+    assert services.ray.is_running()
+
+
+def test_a_reward_that_cannot_load_is_named_and_nothing_is_left_running(folder: Path, where: Settings) -> None:
+    config = where.serve_config.read_text(encoding="utf-8").replace(str(folder / "clip"), str(folder / "absent"))
+    (folder / "bad_serve.yaml").write_text(config, encoding="utf-8")
+    ports = free_port(), free_port(), free_port()
+    services = LocalServices(Settings(*ports, folder / "bad", folder / "bad_serve.yaml"))
+    with pytest.raises(LocalError, match=r"DEPLOY_FAILED: .*no reward model at .*absent"):
+        services.up()
+    assert not services.ray.is_running()
+    assert not services.mlflow.is_running()
+
+
+def test_a_ray_that_gives_up_is_started_once_more(folder: Path, where: Settings) -> None:
+    services = LocalServices(Settings(free_port(), free_port(), free_port(), folder / "again", where.serve_config))
+    services.ray.start([sys.executable, "-c", "raise SystemExit('timed out during startup')"], folder, {})
+    try:
+        services._wait_for_ray(f"{services.settings.dashboard_url}/api/serve/applications/")
+        assert services.ray.is_running()
+    finally:
+        services.down()
+
+
+def test_score_prints_reward_and_both_similarities(services: LocalServices, folder: Path) -> None:
+    PIL.Image.new("RGBA", (20, 30), (255, 0, 0, 128)).save(folder / "red.png")
+    pair = ("--prompt", "red heart", "--positive", "3D", "--negative", "Flat")
+    result = srpo("score", "red.png", *pair, "--url", services.settings.serve_url, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    numbers = {line.split()[0]: float(line.split()[1]) for line in result.stdout.splitlines()}
+    assert numbers["reward"] == pytest.approx(numbers["positive"] - numbers["negative"], abs=2e-4)
+
+
+def test_a_failing_job_fails_the_command_and_shows_why(services: LocalServices, folder: Path) -> None:
+    run = write_run(folder, "no_model", "3D", "Flat", model={"path": "nowhere", "height_px": 32, "width_px": 48})
+    result = srpo("submit", run.name, "--address", services.settings.dashboard_url, cwd=folder)
+    assert result.returncode == 1
+    assert "FAILED" in result.stdout
+    assert any(job.run == str(run) and job.status == "FAILED" for job in Jobs(services.settings.dashboard_url).list())
+
+
+def test_a_wrong_token_is_refused_with_the_cure(services: LocalServices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with pytest.raises(JobsError, match="token"):
+        Jobs(services.settings.dashboard_url)
+
+
+def test_a_stopped_job_ends(services: LocalServices, folder: Path, run_files: list[Path], monkeypatch: Any) -> None:
+    monkeypatch.chdir(folder)
+    jobs = Jobs(services.settings.dashboard_url)
+    job_id = jobs.submit(run_files[0])
+    jobs.stop(job_id)
+    list(jobs.follow(job_id))
+    assert jobs.status(job_id) == "STOPPED"
+
+
+def test_demo_shows_both_directions_and_leaves_running_services_up(
+    services: LocalServices, folder: Path, run_files: list[Path], monkeypatch: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    summary = demo(LocalServices(services.settings), run_files, folder / "out")
+    assert json.loads((folder / "out" / "summary.json").read_text(encoding="utf-8")) == summary
+    assert set(summary["aligned"]) == {"3D | Flat", "Flat | 3D"}
+    assert set(summary["base"]) == set(summary["aligned"]["3D | Flat"])
+    with PIL.Image.open(folder / "out" / "before_after.png") as picture:
+        assert picture.width > 2 * WIDTH_PX
+    assert "3D | Flat" in table(summary)
+    assert "ETA" in capfd.readouterr().out
+    assert services.ray.is_running()
+    assert services.mlflow.is_running()
+
+
+def test_down_leaves_no_process_and_no_listener(services: LocalServices, where: Settings) -> None:
+    leaders = [json.loads((where.run_dir / f"{name}.json").read_text())["pid"] for name in ("ray", "mlflow")]
+    family = [child for pid in leaders for child in psutil.Process(pid).children(recursive=True)]
+    assert LocalServices(where).down() == ["ray", "mlflow"]
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    for port in (where.dashboard_port, where.serve_port, where.mlflow_port):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert LocalServices(where).down() == []

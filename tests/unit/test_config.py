@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from services.config import ConfigError, RunConfig, load_run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = sorted((ROOT / "deploy" / "runs").glob("*.yaml"))
+GOLDEN = ROOT / "tests" / "golden" / "config_keys.txt"
+
+
+def tree() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "runs" / "tiny_srpo.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def write(folder: Path, loaded: object) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(loaded), encoding="utf-8")
+    return path
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys with their defaults, in the order of the file."""
+    lines = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            lines += keys_of(kind, f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name}" + ("" if field.is_required() else f" = {field.default}"))
+    return lines
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_every_committed_run_loads_and_is_named_for_its_file(path: Path) -> None:
+    assert load_run_config(path).name == path.stem
+
+
+def test_the_reversed_run_differs_in_name_and_pair_only() -> None:
+    there, back = (
+        load_run_config(ROOT / "deploy" / "runs" / f"{name}.yaml") for name in ("tiny_srpo", "tiny_srpo_reversed")
+    )
+    words = {"positive": there.control_words.negative, "negative": there.control_words.positive}
+    assert back.control_words.model_dump() == words
+    assert back.model_copy(update={"name": there.name, "control_words": there.control_words}) == there
+
+
+def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
+    """A run file is an interface: after a change that is meant, write the new list to tests/golden/config_keys.txt."""
+    assert "\n".join(keys_of(RunConfig)) + "\n" == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "named"),
+    [
+        ((), "num_step", 60, "num_step"),
+        (("engine",), "zero_stagee", 2, "engine.zero_stagee"),
+        (("engine",), "zero_stage", 5, "engine.zero_stage"),
+        (("engine",), "global_batch", 7, "7 is not a multiple of"),
+        (("optimizer",), "learning_rate", -1e-5, "optimizer.learning_rate"),
+        (("optimizer",), "learning_rate", float("nan"), "optimizer.learning_rate"),
+        (("control_words",), "positive", "", "control_words.positive"),
+        (("rollout",), "shift", "dynamical", "rollout.shift"),
+    ],
+)
+def test_a_bad_key_or_value_is_named_with_file_and_value(
+    tmp_path: Path, place: tuple[str, ...], key: str, value: object, named: str
+) -> None:
+    loaded = tree()
+    branch = loaded
+    for name in place:
+        branch = branch[name]
+    branch[key] = value
+    path = write(tmp_path, loaded)
+    with pytest.raises(ConfigError) as error:
+        load_run_config(path)
+    for part in (str(path), named, str(value)):
+        assert part in str(error.value)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    loaded = tree()
+    del loaded["optimizer"]["learning_rate"]
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate"):
+        load_run_config(write(tmp_path, loaded))
+
+
+@pytest.mark.parametrize("text", ["", "a: [1", "- a list"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_run_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read run file .*absent\.yaml"):
+        load_run_config(tmp_path / "absent.yaml")

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.local import LocalServices, ensure_token
+from deploy.settings import ROOT, LocalError, Settings, check_port, free_port
+
+PORTS = ("dashboard", "serve", "mlflow")
+
+
+def make_up(folder: Path, ports: dict[str, int]) -> subprocess.CompletedProcess[str]:
+    options = [f"--{name}-port={port}" for name, port in ports.items()]
+    command = [sys.executable, "-m", "deploy.local", "up", f"--run-dir={folder / 'run'}", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.mark.parametrize("name", PORTS)
+def test_a_busy_port_is_named_with_the_cure_and_nothing_is_started(name: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        result = make_up(tmp_path, {each: free_port() for each in PORTS} | {name: port})
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    for part in (f"port {port}", f"--{name}-port", f"SRPO_{name.upper()}_PORT", f"pid {os.getpid()}"):
+        assert part in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_free_port_is_no_error() -> None:
+    check_port("serve", free_port())
+
+
+def test_down_with_nothing_up_is_no_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deploy.local", "down", f"--run-dir={tmp_path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
+    assert "nothing was up" in result.stdout
+
+
+def test_the_token_is_made_once_and_kept_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ray" / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    ensure_token()
+    token = path.read_text(encoding="utf-8")
+    ensure_token()
+    assert path.read_text(encoding="utf-8") == token
+    assert len(token) >= 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_service_that_dies_while_starting_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    where = Settings(free_port(), free_port(), free_port(), tmp_path, tmp_path / "no_serve.yaml")
+    services = LocalServices(where)
+    services.mlflow.start([sys.executable, "-c", "raise SystemExit('no room left')"], tmp_path, {})
+    with pytest.raises(LocalError, match="no room left"):
+        services._wait("MLflow", services.mlflow, lambda: False)
+
+
+def test_a_missing_serve_config_is_named_and_nothing_is_started(tmp_path: Path) -> None:
+    where = Settings(free_port(), free_port(), free_port(), tmp_path / "run", tmp_path / "absent.yaml")
+    with pytest.raises(LocalError, match=r"absent\.yaml.*SRPO_SERVE_CONFIG"):
+        LocalServices(where).up()
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from trainer.sample import main
+
+SIZE = ("--height-px", "32", "--width-px", "48", "--num-steps", "2")
+
+
+def draw(flux_folder: Path, out: Path, *arguments: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    assert main([str(flux_folder), *arguments, *SIZE, "-o", str(out)]) == 0
+    with PIL.Image.open(out) as picture:
+        return np.asarray(picture)
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_seed_another(flux_folder: Path, tmp_path: Path) -> None:
+    first, again, other = (
+        draw(flux_folder, tmp_path / f"{name}.png", "--prompt", "red heart", "--seed", seed)
+        for name, seed in (("first", "1"), ("again", "1"), ("other", "2"))
+    )
+    assert first.shape == (32, 48, 3)
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_a_picture_does_not_depend_on_those_beside_it(flux_folder: Path, tmp_path: Path) -> None:
+    alone = draw(flux_folder, tmp_path / "alone.png", "--prompt", "red heart")
+    both = draw(flux_folder, tmp_path / "both.png", "--prompt", "red heart", "--prompt", "key")
+    assert both.shape == (32, 96, 3)
+    assert np.abs(both[:, :48].astype(int) - alone).max() <= 1  # a batch of two may round differently
+
+
+def test_a_size_that_the_model_cannot_make_is_named(
+    flux_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = ["--prompt", "key", "--height-px", "33", "-o", str(tmp_path / "out.png")]
+    assert main([str(flux_folder), *bad]) == 1
+    assert "33" in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()
