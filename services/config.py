@@ -61,6 +61,9 @@ class ObjectiveConfig(_Frozen):
     preference_scale_denoise: Ramp = (0.1, 0.25)
     preference_scale_invert: Ramp = (0.3, 0.01)
     margin: float = 0.7
+    # An image whose plain difference of similarities under the wanted pair (k = 0) has reached this is done: neither
+    # branch pushes it further. Real pictures of the wanted kind say where; beyond them lies reward hacking. None: never.
+    satisfied_at: float | None = None
 
 
 class RewardConfig(_Frozen):

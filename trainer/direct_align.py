@@ -6,6 +6,7 @@ reward's gradient comes from the reward service as a picture, so that no reward 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def branch_loss(
     response = score(images.detach().float().cpu().numpy(), pairs, tuple(branch.preference_scale.tolist()))
     seconds_reward = time.perf_counter() - started
     rewards, gradient = _tensors(response, images)
-    return BranchOutcome(hinge_loss(images, rewards, gradient, objective.margin), rewards, seconds_reward)
+    is_open = _is_open(branch, response, objective.satisfied_at).to(images.device)
+    return BranchOutcome(hinge_loss(images, rewards, gradient, objective.margin, is_open), rewards, seconds_reward)
 
 
 def recover_anchor(
@@ -68,16 +70,28 @@ def recover_anchor(
     return recover_clean(stepped, rollout.noise, branch.sigma_end)
 
 
-def hinge_loss(images: Tensor, rewards: Tensor, image_gradient: Tensor, margin: float) -> Tensor:
+def hinge_loss(images: Tensor, rewards: Tensor, image_gradient: Tensor, margin: float, is_open: Tensor) -> Tensor:
     """Mean of relu(margin − reward) as a 0-d tensor whose gradient flows into `images` through ∂ reward / ∂ image.
 
     `rewards` (batch,) and `image_gradient` (as images) were computed elsewhere and carry no graph: the surrogate
-    (images · constant) has the hinge's gradient, and subtracting its own value leaves the hinge's value.
+    (images · constant) has the hinge's gradient, and subtracting its own value leaves the hinge's value. Images that
+    are not `is_open` (batch,) bool count as zero.
     """
-    hinge = torch.relu(margin - rewards).mean()
-    is_active = (rewards < margin).to(images.dtype).view(-1, 1, 1, 1)
+    hinge = (torch.relu(margin - rewards) * is_open).mean()
+    is_active = ((rewards < margin) & is_open).to(images.dtype).view(-1, 1, 1, 1)
     surrogate = -(images * image_gradient * is_active).sum() / len(images)
     return hinge + surrogate - surrogate.detach()
+
+
+def _is_open(branch: Branch, response: RewardResponse, satisfied_at: float | None) -> Tensor:
+    """Which images (batch,) are still to be pushed: those short of `satisfied_at` toward the run's positive words.
+
+    The invert branch needs this more than a margin: it is rewarded for the words to avoid, so that its hinge only
+    grows as the policy leaves them behind.
+    """
+    difference = torch.tensor(response.positive_similarities - response.negative_similarities)
+    toward_wanted = difference if branch.name == "denoise" else -difference  # the invert branch swaps the words
+    return toward_wanted < (math.inf if satisfied_at is None else satisfied_at)
 
 
 def _tensors(response: RewardResponse, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,12 +104,30 @@ def test_anchor_moves_by_w_times_the_velocity_error(
 
 def test_hinge_is_flat_where_the_reward_has_passed_the_margin() -> None:
     images = torch.rand(2, 3, 4, 4, requires_grad=True)
-    loss = hinge_loss(images, torch.tensor([0.9, 0.2]), torch.ones(2, 3, 4, 4), margin=0.7)
+    is_open = torch.tensor([True, True])
+    loss = hinge_loss(images, torch.tensor([0.9, 0.2]), torch.ones(2, 3, 4, 4), margin=0.7, is_open=is_open)
     loss.backward()
     assert loss.item() == pytest.approx(0.25)
     assert images.grad is not None
     assert images.grad[0].eq(0).all()
     assert images.grad[1].eq(-0.5).all()
+
+
+@pytest.mark.parametrize(("which", "is_pushed"), [(0, [True, False, False]), (1, [False, False, True])])
+def test_neither_branch_pushes_an_image_that_is_satisfied(
+    flux: FluxModel, rollout: Rollout, which: int, is_pushed: list[bool]
+) -> None:
+    """Differences −0.1, 0.2 and 0.4; for the invert branch, which swaps the words, they count the other way round."""
+    positive, negative = np.array([0.2, 0.5, 0.9], np.float32), np.array([0.3, 0.3, 0.5], np.float32)
+    objective = ObjectiveConfig(satisfied_at=0.15 if which == 0 else -0.3, margin=10.0)
+
+    def score(images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]) -> RewardResponse:
+        return RewardResponse(positive - negative, positive, negative, np.ones_like(images), "local", "0")
+
+    branch = both_branches(rollout, objective)[which]
+    outcome = branch_loss(branch, rollout, flux.transformer, flux, score, objective)
+    expected = (10.0 - torch.tensor(positive - negative))[torch.tensor(is_pushed)].sum() / 3
+    torch.testing.assert_close(outcome.loss.detach(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
