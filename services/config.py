@@ -62,8 +62,8 @@ class ObjectiveConfig(_Frozen):
     preference_scale_invert: Ramp = (0.3, 0.01)
     margin: float = 0.7
     # An image whose plain difference of similarities under the wanted pair (k = 0) has reached this is done: neither
-    # branch pushes it further. Real pictures of the wanted kind say where; beyond them lies reward hacking. None: never.
-    satisfied_at: float | None = None
+    # branch pushes it further. Real pictures of the wanted kind say where; beyond them lies reward hacking.
+    satisfied_at: float | None = None  # None: never
 
 
 class RewardConfig(_Frozen):
@@ -76,6 +76,9 @@ class RewardConfig(_Frozen):
 class OptimizerConfig(_Frozen):
     learning_rate: Annotated[float, Field(gt=0)]
     betas: tuple[float, float] = (0.9, 0.999)
+    # AdamW's, beside the root mean square of a parameter's gradient. A large one (with max_grad_norm above the norms
+    # that occur) lets small gradients make small steps, so that a run slows down as its images are satisfied.
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: float = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.1
 

@@ -139,6 +139,7 @@ def _settings(
             "params": {
                 "lr": optimizer.learning_rate,
                 "betas": list(optimizer.betas),
+                "eps": optimizer.epsilon,
                 "weight_decay": optimizer.weight_decay,
                 "torch_adam": True,  # the others are compiled on first use, for minutes
             },
