@@ -17,6 +17,7 @@ from deploy.tiny.recipe.data import Emoji, to_float
 
 NUM_VIEWS = 4
 DISTURBANCES = (0.0, 0.25, 0.5)  # standard deviations of the latents
+FLIP = v2.RandomHorizontalFlip()
 JITTER = v2.Compose(  # style must not hang on tint, brightness, place or sharpness
     [
         v2.RandomHorizontalFlip(),
