@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"pictures         {args.out_dir}/before_after.png")
     print("`make up` brings the services back:")
     for label, url in summary["mlflow_runs"].items():
-        print(f"MLflow, {label:9}{url}")
+        print(f"MLflow, {label:11}{url}")
     print(f"reward service   {where.serve_url}/docs")
     return 0
 
