@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from deploy.tiny.recipe.data import STYLES, Emoji, to_float
 from deploy.tiny.recipe.tokenizers import clip_tokenizer, t5_tokenizer
 
-NUM_STEPS, BATCH, LEARNING_RATE, EMA_DECAY, MAX_LENGTH = 8500, 64, 1e-3, 0.999, 16
+NUM_STEPS, BATCH, LEARNING_RATE, EMA_DECAY, MAX_LENGTH = 7000, 64, 1e-3, 0.999, 16
 WARMUP, DECAY_FROM, DISTILL_FROM = 500, 0.65, 0.65  # steps, share of the steps
 FLAT_SHARE, DROP_SHARE, SHIFT, MAX_GUIDANCE = 0.6, 0.1, 1.5, 4.5
 CHECKPOINT_EVERY, SEED = 500, 40

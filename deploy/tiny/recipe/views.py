@@ -28,6 +28,21 @@ JITTER = v2.Compose(  # style must not hang on tint, brightness, place or sharpn
 )
 
 
+def cast_colour(picture: Tensor) -> Tensor:
+    """A uint8 picture as if under a lamp of some colour: each channel darkened by up to a quarter, white as well."""
+    gain = 1 - 0.25 * torch.rand(3, 1, 1)
+    return (picture * gain).to(torch.uint8)
+
+
+RECOLOUR = v2.Compose(  # before JITTER, for a net whose gradient is climbed: a tint must not pass for a style
+    [
+        v2.RandomApply([v2.ColorJitter(hue=0.5)], p=0.5),
+        v2.RandomApply([v2.Lambda(cast_colour)], p=0.4),
+        JITTER,
+    ]
+)
+
+
 @torch.no_grad()
 def make_views(emoji: Emoji, vae: AutoencoderKL, seed: int) -> Tensor:
     """(subjects, styles, 4 views, 3, 64, 64) uint8: the drawing, then one decoding for each disturbance."""
