@@ -62,8 +62,9 @@ def make_flux() -> None:
 def make_prompts() -> None:
     emoji = data.load(DATA)
     (FOLDER / "prompts").mkdir(exist_ok=True)
-    for name, chosen in (("train", ~emoji.heldout), ("heldout", emoji.heldout)):
-        labels = [emoji.labels[i] for i in chosen.nonzero().flatten().tolist()]
+    training, held_out = (chosen.nonzero().flatten().tolist() for chosen in (~emoji.heldout, emoji.heldout))
+    for name, subjects in (("train", training), ("validation", held_out[::2]), ("test", held_out[1::2])):
+        labels = [emoji.labels[subject] for subject in subjects]
         (FOLDER / f"prompts/{name}.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
 
 
@@ -80,7 +81,7 @@ STAGES: dict[str, tuple[Callable[[], None], Path]] = {  # stage -> what makes it
     "subject": (make_subject, JUDGE / "subject/model.safetensors"),
     "reference": (make_reference, JUDGE / "reference.safetensors"),
     "flux": (make_flux, FOLDER / "flux/model_index.json"),
-    "prompts": (make_prompts, FOLDER / "prompts/heldout.txt"),
+    "prompts": (make_prompts, FOLDER / "prompts/test.txt"),
     "measure": (make_measure, FOLDER / "numbers.json"),
 }
 
