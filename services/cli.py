@@ -22,13 +22,14 @@ from typing import NoReturn
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from services.config import ConfigError, RewardConfig, load_run_config
+from services.config import ConfigError, load_run_config
 from services.contract import ContractError, Float32, PromptPair, RewardRequest
 from services.jobs import DEFAULT_ADDRESS, Jobs, JobsError
+from services.objective import RewardServiceConfig
 from services.reward_client import RewardClient, RewardError
 
 _EXIT_INTERRUPTED = 130  # as shells have it
-_DEFAULT_REWARD_URL = RewardConfig.model_fields["url"].default
+_DEFAULT_REWARD_URL = RewardServiceConfig.model_fields["url"].default
 
 
 class UsageError(ValueError):

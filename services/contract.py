@@ -40,30 +40,37 @@ class ContractError(ValueError):
 class PromptPair:
     """One prompt under a positive and a negative control word (SRPO, arXiv 2509.06942, section 3.3).
 
+    A word of None leaves the prompt as it is.
+
     >>> PromptPair(prompt="grinning face", positive="3D", negative="Flat").positive_text
     '3D. grinning face'
     """
 
     prompt: str
-    positive: str
-    negative: str
+    positive: str | None
+    negative: str | None
 
     def __post_init__(self) -> None:
         for field, value in asdict(self).items():
+            if value is None and field != "prompt":
+                continue
             if not isinstance(value, str) or not value.strip():
                 raise ContractError(f"pair.{field} must be a non-empty text, not {value!r}")
 
     @property
     def positive_text(self) -> str:
-        return f"{self.positive}. {self.prompt}"
+        return self._under(self.positive)
 
     @property
     def negative_text(self) -> str:
-        return f"{self.negative}. {self.prompt}"
+        return self._under(self.negative)
 
     def swapped(self) -> PromptPair:
         """The pair of the invert branch: what was wanted is now to be avoided."""
         return PromptPair(prompt=self.prompt, positive=self.negative, negative=self.positive)
+
+    def _under(self, word: str | None) -> str:
+        return self.prompt if word is None else f"{word}. {self.prompt}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

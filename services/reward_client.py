@@ -97,7 +97,7 @@ class RewardClient:
             if time.monotonic() >= deadline:
                 raise RewardUnreachable(
                     f"no reward service is ready at {self.url} after {timeout_s:g} s ({state}): "
-                    "start one with `make up`, or correct reward.url"
+                    "start one with `make up`, or correct reward_service.url"
                 )
             time.sleep(min(self._backoff_s, max(deadline - time.monotonic(), 0)))
 
@@ -128,7 +128,7 @@ class RewardClient:
         except httpx.TransportError as error:
             raise RewardUnreachable(
                 f"reward service at {self.url} does not answer ({_describe(error)}): "
-                "start one with `make up`, or correct reward.url"
+                "start one with `make up`, or correct reward_service.url"
             ) from error
         if answer.is_success:
             return answer

@@ -69,14 +69,12 @@ class FluxModel:
     """A FLUX checkpoint around its transformer: VAE and text encoders, frozen, and the arithmetic between them.
 
     `transformer` is the checkpoint's; methods take the one to call as an argument, because training wraps it.
-    `truncates_timestep` rounds 1000·sigma down to an integer, as the published code does: for comparison only.
     """
 
-    def __init__(self, pipeline: FluxPipeline, source: Path | None = None, *, truncates_timestep: bool = False) -> None:
+    def __init__(self, pipeline: FluxPipeline, source: Path | None = None) -> None:
         self.transformer: nn.Module = pipeline.transformer
         self.vae = pipeline.vae
         self.source = source
-        self.truncates_timestep = truncates_timestep
         self.dtype: torch.dtype = pipeline.transformer.dtype
         self.device: torch.device = pipeline.transformer.device
         self._pipeline = pipeline
@@ -162,14 +160,17 @@ class FluxModel:
         guidance_scale: float,
         height_px: int,
         width_px: int,
+        *,
+        truncate_timestep: bool = False,
     ) -> Tensor:
         """The velocity at packed `latents` (batch, tokens, channels), in their dtype; sigma 0-d or (batch,).
 
         guidance_scale is an input of the distilled model, not a second forward; models without one ignore it.
+        truncate_timestep cuts 1000·sigma to an integer, as the published SRPO code does.
         """
         batch, device = len(latents), latents.device
         sigma = sigma.expand(batch)
-        timestep = (sigma * 1000).trunc() / 1000 if self.truncates_timestep else sigma
+        timestep = (sigma * 1000).trunc() / 1000 if truncate_timestep else sigma
         (velocity,) = transformer(
             hidden_states=latents.to(self.dtype),
             timestep=timestep.to(self.dtype),  # the model itself multiplies by 1000

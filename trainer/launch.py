@@ -24,6 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from services.config import ConfigError, RunConfig, load_run_config
 from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
+from trainer.flow import level_sigmas, num_delta_levels
 from trainer.flux import check_model_path
 from trainer.prompts import load_prompts
 
@@ -82,12 +83,16 @@ def validate(config: RunConfig) -> None:
     judges = config.evaluation.judge_path
     if judges is not None and not judges.is_dir():
         raise LaunchError(f"evaluation.judge_path {judges} is not a folder: give one, or null to do without judges")
-    with RewardClient(config.reward.url, timeout_s=config.reward.timeout_s, max_attempts=2) as client:
+    if config.rollout.shift != "dynamic":
+        num_delta_levels(config.objective, level_sigmas(config.objective, config.rollout.shift))
+    service = config.reward_service
+    with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=2) as client:
         offered = client.models()
-    if config.reward.name not in offered:
-        raise LaunchError(
-            f"reward.name {config.reward.name!r} is not served at {config.reward.url}; served: {', '.join(offered)}"
-        )
+    for index, reward in enumerate(config.rewards):
+        if reward.name not in offered:
+            raise LaunchError(
+                f"rewards.{index}.name {reward.name!r} is not served at {service.url}; served: {', '.join(offered)}"
+            )
     check_model_path(config.model.path)
     check_cluster(os.environ.get("RAY_ADDRESS", ""))
 

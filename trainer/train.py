@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -21,18 +21,17 @@ from torch import Tensor
 
 from services.config import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse
+from services.objective import RewardConfig
 from services.reward_client import RewardClient
 from services.tracking import Tracker
-from trainer.direct_align import branch_loss
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, picture_grid
-from trainer.flow import branches
 from trainer.flux import Conditioning, FluxModel
-from trainer.prompts import batch_indices, draw_level, load_prompts, noise_generator, shard
+from trainer.learner import Learner, num_backwards, worker_samples
+from trainer.prompts import load_prompts
 from trainer.record import Journal, StepNumbers, progress_line
-from trainer.rollout import Rollout, Sampling, roll_out
+from trainer.rollout import Sampling
 
-_NUM_BRANCHES = 2
 _ENCODE_BATCH = 32
 _GRID_COLUMNS = 6
 # eval/reward is the plain difference of the two similarities: a scale above 0 would reward the subject as well
@@ -47,9 +46,10 @@ def train_worker(config: RunConfig, run_id: str) -> None:
         run.evaluate("base", step=0)
     for step in range(first_step, config.num_steps):
         with run.step_timed():
-            for rollout in run.roll_out(step):
-                run.learn(rollout)
-            run.update()
+            for injections in run.learner.roll_out(step):
+                for injection in injections:
+                    run.learner.learn(injection)
+                run.learner.update()
         run.record(step + 1)
         run.keep_checkpoint(step + 1)
         run.show_samples(step + 1)
@@ -59,7 +59,7 @@ def train_worker(config: RunConfig, run_id: str) -> None:
 
 
 class Worker:
-    """What a worker holds between steps. The public methods are the verbs of the loop, in its order."""
+    """What a worker holds between steps. The public methods, and the learner's, are the verbs of the loop."""
 
     def __init__(self, config: RunConfig, run_id: str) -> None:
         self.config = config
@@ -71,34 +71,34 @@ class Worker:
             self._rank, self._num_workers = dist.get_rank(), dist.get_world_size()
             self._journal = Journal(Tracker.resume(config.tracking.uri, run_id)) if self._rank == 0 else None
             self._folder = config.output_dir / config.name
-            self._step = StepNumbers()
             self._load_model()
             self._load_rewards()
             self._encode_prompts()
+            self.learner = Learner(config, self._engine, self._flux, self._score, self._encoded)
 
     def _load_model(self) -> None:
         config, engine = self.config, self.config.engine
         dtype = getattr(torch, config.model.dtype)
         checkpointing = engine.gradient_checkpointing
         self._flux = FluxModel.load(config.model.path, dtype, self._device, gradient_checkpointing=checkpointing)
-        num_backwards = _NUM_BRANCHES * engine.num_micro_batches
-        self._engine = Engine.create(self._flux.transformer, config.optimizer, engine, num_backwards, dtype)
-        size = config.model.height_px, config.model.width_px
-        self._shift = self._flux.resolve_shift(config.rollout.shift, *size)
-        self._sampling = Sampling(config.rollout.num_steps, config.rollout.guidance_scale, self._shift, *size)
-        self._held_out = held_out_images(config, self._shift)
+        self._engine = Engine.create(self._flux.transformer, config.optimizer, engine, num_backwards(config), dtype)
+        shift = self._flux.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
+        self._held_out = held_out_images(config, shift)
 
     def _load_rewards(self) -> None:
         config = self.config
-        self._client = RewardClient(config.reward.url, config.reward.timeout_s, config.reward.max_attempts)
+        service = config.reward_service
+        self._client = RewardClient(service.url, service.timeout_s, service.max_attempts)
         judge_path = config.evaluation.judge_path
         self._judges = Judges.load(judge_path, self._device) if judge_path and self._rank == 0 else None
 
     def _encode_prompts(self) -> None:
         """Encode all that this worker will draw; the text encoders are not needed again."""
         config = self.config
-        self._prompts = load_prompts(config.prompts.path)
-        wanted = [prompt for step in range(config.num_steps) for _, prompt in self._samples(step)]
+        prompts, worker = load_prompts(config.prompts.path), (self._rank, self._num_workers)
+        wanted = [
+            prompt for step in range(config.num_steps) for _, prompt in worker_samples(config, prompts, step, *worker)
+        ]
         for num_images in (len(self._held_out.prompts), self._num_grid_images):
             indices = self._held_out.shard(num_images, self._rank, self._num_workers)
             wanted += [self._held_out.prompts[index] for index in indices]
@@ -127,50 +127,12 @@ class Worker:
             print(f"{policy_name}:", *(f"{key} {value:.3f}" for key, value in evaluation.numbers.items()), flush=True)
 
     def step_timed(self) -> AbstractContextManager[None]:
-        return self._step.timed("step")
-
-    def roll_out(self, step: int) -> Iterator[Rollout]:
-        """This worker's share of the step's prompts, a micro-batch at a time, rolled out when the loop asks for it."""
-        config, samples = self.config, self._samples(step)
-        for start in range(0, len(samples), config.engine.micro_batch):
-            indices, prompts = zip(*samples[start : start + config.engine.micro_batch], strict=True)
-            generators = [noise_generator(config.seed, step, index) for index in indices]
-            levels = [draw_level(config.seed, step, index, config.objective.level_range) for index in indices]
-            noise = self._flux.draw_noise(generators, config.model.height_px, config.model.width_px)
-            with self._step.timed("rollout"):
-                rollout = roll_out(
-                    self._engine.policy,
-                    self._flux,
-                    self._encoded(prompts),
-                    noise,
-                    self._pairs(prompts),
-                    torch.tensor(levels),
-                    self._sampling,
-                )
-            yield rollout
-
-    def learn(self, rollout: Rollout) -> None:
-        """Both branches of a rollout, each one's backward before the next one's forward (Engine.backward says why)."""
-        for branch in branches(rollout.levels, self.config.objective, self._shift):
-            with self._step.timed("branches"):
-                outcome = branch_loss(
-                    branch, rollout, self._engine.policy, self._flux, self._score, self.config.objective
-                )
-                self._engine.backward(outcome.loss)
-            self._step.add("loss", outcome.loss)
-            self._step.add(f"reward_{branch.name}", outcome.rewards)
-            self._step.add(f"preference_scale_{branch.name}", branch.preference_scale)
-            self._step.add(f"recovery_weight_{branch.name}", branch.recovery_weight)
-            self._step.add_seconds("reward", outcome.seconds_reward)
-
-    def update(self) -> None:
-        with self._step.timed("update"):
-            self._step.add("grad_norm", self._engine.step())
+        return self.learner.numbers.timed("step")
 
     def record(self, step: int) -> None:
         """Print and log the mean over all workers; `step` counts the steps taken."""
-        numbers = self._step.mean_over_workers(self._device)
-        self._step = StepNumbers()
+        numbers = self.learner.numbers.mean_over_workers(self._device)
+        self.learner.numbers = StepNumbers()
         self._total.add_seconds("steps", numbers["seconds_step"])
         if self._journal is not None:
             print(progress_line(step, self.config.num_steps, numbers), flush=True)
@@ -222,21 +184,10 @@ class Worker:
     def _num_grid_images(self) -> int:
         return min(self.config.evaluation.num_grid_images, len(self._held_out.prompts))
 
-    def _samples(self, step: int) -> list[tuple[int, str]]:
-        """This worker's part of the global batch: sample indices and their prompts."""
-        config = self.config
-        order = batch_indices(config.seed, step, config.engine.global_batch, len(self._prompts))
-        mine = shard(config.engine.global_batch, self._rank, self._num_workers)
-        return [(index, self._prompts[order[index]]) for index in mine]
-
-    def _pairs(self, prompts: Sequence[str]) -> tuple[PromptPair, ...]:
-        words = self.config.control_words
-        return tuple(PromptPair(prompt, words.positive, words.negative) for prompt in prompts)
-
     def _score(
-        self, images: Float32, pairs: tuple[PromptPair, ...], preference_scales: tuple[float, ...]
+        self, reward: str, images: Float32, pairs: tuple[PromptPair, ...], preference_scales: tuple[float, ...]
     ) -> RewardResponse:
-        return self._client.score(RewardRequest(self.config.reward.name, images, pairs, preference_scales))
+        return self._client.score(RewardRequest(reward, images, pairs, preference_scales))
 
     def _draw_held_out(self, num_images: int) -> Tensor | None:
         return self._held_out.draw(self._engine.policy, self._flux, self._encoded, num_images)
@@ -244,15 +195,23 @@ class Worker:
     def _judge(self, images: Tensor) -> dict[str, float]:
         prompts, batch = self._held_out.prompts, self.config.evaluation.batch
         judged = self._judges.numbers(images, prompts, batch) if self._judges else {}
-        return judged | {"eval/reward": self._mean_reward(images)}
+        return judged | self._mean_rewards(images)
 
-    def _mean_reward(self, images: Tensor) -> float:
+    def _mean_rewards(self, images: Tensor) -> dict[str, float]:
+        """eval/reward is the weighted sum; where there are several, each has its own number beside it."""
+        means = {reward.name: self._mean_reward(reward, images) for reward in self.config.rewards}
+        total = sum(reward.weight * means[reward.name] for reward in self.config.rewards)
+        each = {f"eval/reward_{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
+        return each | {"eval/reward": total}
+
+    def _mean_reward(self, reward: RewardConfig, images: Tensor) -> float:
+        words, prompts = reward.control_words or self.config.control_words, self._held_out.prompts
         batch, rewards = self.config.evaluation.batch, []
         for start in range(0, len(images), batch):
-            pairs = self._pairs(self._held_out.prompts[start : start + batch])
+            pairs = tuple(PromptPair(each, words.positive, words.negative) for each in prompts[start : start + batch])
             chunk = (images[start : start + batch].float() / 255).numpy()
             scales = (_EVALUATION_PREFERENCE_SCALE,) * len(pairs)
-            request = RewardRequest(self.config.reward.name, chunk, pairs, scales, with_gradient=False)
+            request = RewardRequest(reward.name, chunk, pairs, scales, with_gradient=False)
             rewards += self._client.score(request).rewards.tolist()
         return sum(rewards) / len(rewards)
 

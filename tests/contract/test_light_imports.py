@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-LIGHT = ["services.contract", "services.config", "services.reward_client", "services.tracking"]
+LIGHT = ["services.contract", "services.config", "services.objective", "services.reward_client", "services.tracking"]
 GIANTS = {"torch", "ray", "diffusers", "transformers", "open_clip"}
 
 

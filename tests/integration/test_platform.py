@@ -78,7 +78,7 @@ def write_run(folder: Path, name: str, positive: str, negative: str, **changes: 
         "prompts": {"path": "train.txt"},
         "control_words": {"positive": positive, "negative": negative},
         "rollout": {"num_steps": 2},
-        "reward": {"name": REWARD},
+        "rewards": [{"name": REWARD}],
         "optimizer": {"learning_rate": 1e-3},
         "engine": {"num_workers": 2, "global_batch": 2},
         "evaluation": {"prompts_path": "heldout.txt", "num_steps": 2, "judge_path": "judge"},

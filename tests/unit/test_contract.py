@@ -133,3 +133,13 @@ def test_swapping_a_pair_twice_is_the_pair() -> None:
     assert PAIR.swapped() == PromptPair(prompt="grinning face", positive="Flat", negative="3D")
     assert PAIR.swapped().swapped() == PAIR
     assert PAIR.swapped().positive_text == PAIR.negative_text == "Flat. grinning face"
+
+
+def test_a_word_of_none_leaves_the_prompt_as_it_is_across_the_wire() -> None:
+    pair = PromptPair("red heart", None, "Flat")
+    assert (pair.positive_text, pair.negative_text) == ("red heart", "Flat. red heart")
+    assert pair.swapped() == PromptPair("red heart", "Flat", None)
+    sent = RewardRequest("tiny", np.zeros((1, 3, 2, 2), np.float32), (pair,), (0.0,))
+    assert RewardRequest.from_bytes(sent.to_bytes()).pairs == (pair,)
+    with pytest.raises(ContractError, match=r"pair\.prompt"):
+        PromptPair(None, "3D", "Flat")  # type: ignore[arg-type]

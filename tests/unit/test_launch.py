@@ -38,7 +38,8 @@ def run(flux_folder: Path, reward_url: str, tmp_path: Path, monkeypatch: pytest.
         "model": {"path": str(flux_folder), "height_px": 32, "width_px": 32},
         "prompts": {"path": "train.txt"},
         "control_words": {"positive": "3D", "negative": "Flat"},
-        "reward": {"name": "tiny", "url": reward_url},
+        "rewards": [{"name": "tiny"}],
+        "reward_service": {"url": reward_url},
         "optimizer": {"learning_rate": 1e-3},
         "evaluation": {"prompts_path": "train.txt"},
         "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
@@ -65,7 +66,7 @@ def free_port() -> int:
         ("prompts", {"path": "missing.txt"}, ["missing.txt", "No such file"]),
         ("evaluation", {"prompts_path": "empty.txt"}, ["empty.txt is empty", "one prompt a line"]),
         ("evaluation", {"judge_path": "nowhere"}, ["evaluation.judge_path", "null"]),
-        ("reward", {"name": "beauty"}, ["'beauty' is not served", "served: tiny"]),
+        ("objective", {"delta_sigma": 0.5}, ["objective.delta_sigma 0.5", "[0.7500, 0.9643]"]),
         ("engine", {"global_batch": 3, "num_workers": 2}, ["global_batch 3 is not a multiple"]),
     ],
 )
@@ -77,7 +78,14 @@ def test_bad_input_is_named_with_its_cure(
     assert_refused(run, named, capsys)
 
 
-@pytest.mark.parametrize(("section", "key"), [("reward", "url"), ("tracking", "uri")])
+def test_a_reward_that_is_not_served_is_named_with_those_that_are(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run["rewards"].append({"name": "beauty"})
+    assert_refused(run, ["rewards.1.name 'beauty' is not served", "served: tiny"], capsys)
+
+
+@pytest.mark.parametrize(("section", "key"), [("reward_service", "url"), ("tracking", "uri")])
 def test_a_service_that_does_not_answer_is_named_with_its_cure(
     run: dict[str, Any], section: str, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
