@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down fmt check test ci tiny clean
+.PHONY: help setup demo up down fmt check test ci reference tiny clean
 
 help:  ## list the targets
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.complete  ## create .venv with pinned versions (the first time: about 5 minutes, 7 GB)
 .venv/.complete: pyproject.toml deploy/constraints.txt
@@ -37,6 +37,9 @@ test: setup  ## all tests, with real components (under 15 minutes)
 	.venv/bin/pytest
 
 ci: check test  ## what CI runs
+
+reference: setup  ## FILES="…": our numbers beside the published algorithm's (files as in ../shared/reference)
+	OMP_NUM_THREADS=1 .venv/bin/python -m deploy.reference $(FILES)
 
 tiny: setup  ## train the embedded default from scratch (hours; resumable stage by stage)
 	$(TINY) data vae views prompts
