@@ -99,6 +99,81 @@ class EvaluationConfig(Frozen):
     every_num_steps: Positive = 20  # sample grids during training
     batch: Positive = 32
     judge_path: Path | None = None  # folder with style/, subject/ and reference.safetensors
+    reference_path: Path | None = None  # folder of real pictures; the distance to them is frechet_reference
+
+
+class StopRuleConfig(Frozen):
+    """A run ends where `metric` has been beyond the bound at `num_checks` checks on end; exactly one bound is given."""
+
+    metric: str  # as MLflow shows it, such as guard/frechet_Flat
+    rises_by: Annotated[float, Field(gt=0)] | None = None  # above the base model's value, as a share of it
+    falls_by: Annotated[float, Field(gt=0)] | None = None  # below the base model's value, as a share of it
+    above: float | None = None
+    below: float | None = None
+    num_checks: Positive = 1
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> StopRuleConfig:
+        if len(self._bounds) != 1:
+            raise ValueError(f"give one of rises_by, falls_by, above and below, not {len(self._bounds)}")
+        return self
+
+    @property
+    def _bounds(self) -> dict[str, float]:
+        given = {name: getattr(self, name) for name in ("rises_by", "falls_by", "above", "below")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def is_upper(self) -> bool:
+        return self.rises_by is not None or self.above is not None
+
+    @property
+    def is_relative(self) -> bool:
+        return self.rises_by is not None or self.falls_by is not None
+
+    @property
+    def told(self) -> str:
+        """
+        >>> StopRuleConfig(metric="guard/frechet_Flat", rises_by=0.5, num_checks=2).told
+        'rises_by 0.5 for 2 checks'
+        """
+        ((name, value),) = self._bounds.items()
+        return f"{name} {value:g}" + (f" for {self.num_checks} checks" if self.num_checks > 1 else "")
+
+
+class KeepBestConfig(Frozen):
+    metric: str
+    goal: Literal["max", "min"]
+
+
+class GuardConfig(Frozen):
+    """Checks of the policy on its way, on pictures of its own. They are drawn as the evaluation's are.
+
+    With `keep_best` the run gives the weights of its best check, the base model's among them; without it, those of its
+    last step, or where a rule has ended it, of the last check at which no rule was violated.
+    """
+
+    every_num_steps: Positive = 10
+    prompts_path: Path | None = None  # None: some of the training prompts; never the evaluation's
+    num_prompts: Annotated[int, Field(ge=2)] = 64  # drawn by the seed
+    num_images_per_prompt: Positive = 1  # from 2 on, guard/diversity_seeds tells how they differ
+    held_out_reward: str | None = None  # a reward that the service has and the run does not train on
+    stop_when: tuple[StopRuleConfig, ...] = ()
+    keep_best: KeepBestConfig | None = None
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """What rules and `keep_best` name: key in the run file -> metric."""
+        named = {f"guard.stop_when.{index}.metric": rule.metric for index, rule in enumerate(self.stop_when)}
+        return named | ({"guard.keep_best.metric": self.keep_best.metric} if self.keep_best else {})
+
+
+class ComparisonConfig(Frozen):
+    """`srpo evaluate`: evaluation's prompts and sampling, with more pictures and intervals from a bootstrap."""
+
+    num_images_per_prompt: Positive = 2
+    num_draws: Positive = 1000  # of the prompts, with replacement
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
 class TrackingConfig(Frozen):
@@ -122,6 +197,8 @@ class RunConfig(Frozen):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig
+    guard: GuardConfig | None = None
+    comparison: ComparisonConfig = ComparisonConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

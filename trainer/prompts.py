@@ -6,6 +6,7 @@ see the same samples. Each kind of draw has a stream of its own: no two of them 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ class _Stream(IntEnum):
     EVALUATION = 3
     INJECTION = 4
     IMAGE = 5
+    GUARD = 6
 
 
 def load_prompts(path: Path) -> tuple[str, ...]:
@@ -90,6 +92,19 @@ def image_generator(seed: int, step: int, sample_index: int, injection: int) -> 
 def evaluation_generator(seed: int, image_index: int) -> torch.Generator:
     """The CPU generator of an evaluation image's start noise: the same in every evaluation, never one of training."""
     return _generator(seed, _Stream.EVALUATION, image_index)
+
+
+def guard_generator(seed: int, image_index: int) -> torch.Generator:
+    """As evaluation_generator, for the images of the guard."""
+    return _generator(seed, _Stream.GUARD, image_index)
+
+
+def draw_guard_prompts(seed: int, prompts: Sequence[str], num_prompts: int) -> tuple[str, ...]:
+    """`num_prompts` of the prompts, none twice; the same at every check. Raises PromptsError where there are fewer."""
+    if num_prompts > len(prompts):
+        raise PromptsError(f"guard.num_prompts {num_prompts} is more than the {len(prompts)} prompts there are")
+    order = _random(seed, _Stream.GUARD).permutation(len(prompts))
+    return tuple(prompts[index] for index in order[:num_prompts])
 
 
 def _sequence(seed: int, stream: _Stream, *place: int) -> np.random.SeedSequence:

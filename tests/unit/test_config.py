@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 import pytest
 import yaml
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefinedType
 
 from services.config import ConfigError, RunConfig, load_run_config
 from services.objective import Schedule
@@ -31,13 +32,19 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted keys with their defaults, in the order of the file."""
     lines = []
     for name, field in model.model_fields.items():
-        is_list = get_origin(field.annotation) is tuple
-        kind: Any = get_args(field.annotation)[0] if is_list else field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not Schedule:
-            lines += keys_of(kind, f"{prefix}{name}{'[]' if is_list else ''}.")
-        else:
+        section, is_list = section_of(field.annotation), get_origin(field.annotation) is tuple
+        if section is None or not isinstance(field.default, section | PydanticUndefinedType):
             lines.append(f"{prefix}{name}" + ("" if field.is_required() else f" = {field.default}"))
+        if section is not None:
+            lines += keys_of(section, f"{prefix}{name}{'[]' if is_list else ''}.")
     return lines
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation that is one, or may be one, or is a tuple of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return None if annotation is Schedule else annotation
+    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

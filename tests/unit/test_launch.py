@@ -67,6 +67,25 @@ def free_port() -> int:
         ("evaluation", {"prompts_path": "empty.txt"}, ["empty.txt is empty", "one prompt a line"]),
         ("evaluation", {"judge_path": "nowhere"}, ["evaluation.judge_path", "null"]),
         ("objective", {"delta_sigma": 0.5}, ["objective.delta_sigma 0.5", "[0.7500, 0.9643]"]),
+        ("guard", {"num_prompts": 2}, ["guard.num_prompts 2 is more than the 1 prompts"]),
+        (
+            "guard",
+            {"prompts_path": "two.txt", "num_prompts": 2, "keep_best": {"metric": "guard/fun", "goal": "max"}},
+            ["guard.keep_best.metric 'guard/fun' is not measured", "guard/base_pixel_distance, guard/colour_entropy"],
+        ),
+        (
+            "guard",
+            {"prompts_path": "two.txt", "num_prompts": 2, "held_out_reward": "beauty"},
+            ["guard.held_out_reward 'beauty' is not served", "served: tiny"],
+        ),
+        (
+            "guard",
+            {"prompts_path": "two.txt", "num_prompts": 2, "held_out_reward": "tiny"},
+            ["guard.held_out_reward 'tiny' is one that the run trains on"],
+        ),
+        ("guard", {"stop_when": [{"metric": "guard/reward"}]}, ["guard.stop_when.0", "give one of rises_by"]),
+        ("evaluation", {"reference_path": "nowhere"}, ["evaluation.reference_path", "is not a folder"]),
+        ("evaluation", {"reference_path": "."}, ["evaluation.reference_path", "has 0 PNG"]),
         ("engine", {"global_batch": 3, "num_workers": 2}, ["global_batch 3 is not a multiple"]),
     ],
 )
@@ -74,6 +93,7 @@ def test_bad_input_is_named_with_its_cure(
     run: dict[str, Any], section: str, spoiled: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("empty.txt").write_text("\n \n", encoding="utf-8")
+    Path("two.txt").write_text("red heart\nkey\n", encoding="utf-8")
     run[section] = run.get(section, {}) | spoiled
     assert_refused(run, named, capsys)
 
