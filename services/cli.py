@@ -2,6 +2,7 @@
 
     srpo run RUN.yaml                      train in the foreground
     srpo submit RUN.yaml                   train as a Ray job and follow it
+    srpo evaluate RUN.yaml [MODEL …]       compare with the base model, as a Ray job
     srpo jobs | srpo stop JOB              what runs on the cluster, and an end to it
     srpo sample MODEL --prompt … -o FILE   draw with a model
     srpo score IMAGE --prompt … --positive … --negative …
@@ -55,6 +56,8 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
             _become("trainer.launch", str(args.run))
         case "submit":
             return submit(args.run, args.address)
+        case "evaluate":
+            return evaluate(args.run, args.models, args.address)
         case "jobs":
             return list_jobs(Jobs(args.address))
         case "stop":
@@ -72,7 +75,18 @@ def submit(run_file: Path, address: str) -> int:
     """Submit and follow. Ctrl-C ends only the following: the job goes on."""
     load_run_config(run_file)
     jobs = Jobs(address)
-    job_id = jobs.submit(run_file.absolute())
+    return follow(jobs, jobs.submit(run_file.absolute()))
+
+
+def evaluate(run_file: Path, models: Sequence[str], address: str) -> int:
+    """Compare models with the run's base model in a Ray job, and follow it. Ctrl-C ends only the following."""
+    config = load_run_config(run_file)
+    jobs, num_gpus = Jobs(address), int(config.engine.use_gpu)
+    return follow(jobs, jobs.submit(run_file.absolute(), models, "trainer.compare", num_gpus))
+
+
+def follow(jobs: Jobs, job_id: str) -> int:
+    """Print what the job prints, until it ends."""
     print(f"job {job_id} (Ctrl-C leaves it running; `srpo stop {job_id}` ends it)", flush=True)
     try:
         for piece in jobs.follow(job_id):
@@ -135,11 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="train in the foreground, on the cluster at RAY_ADDRESS or on one of its own")
     submit = commands.add_parser("submit", help="train as a Ray job and follow it")
+    evaluate = commands.add_parser("evaluate", help="compare models with a run's base model, as a Ray job")
     jobs = commands.add_parser("jobs", help="list the cluster's jobs")
     stop = commands.add_parser("stop", help="stop a job")
-    for command in (run, submit):
+    for command in (run, submit, evaluate):
         command.add_argument("run", type=Path, metavar="RUN.yaml", help="see deploy/runs/")
-    for command in (submit, jobs, stop):
+    evaluate.add_argument("models", nargs="*", metavar="[NAME=]FOLDER", help="a model or checkpoint (the run's model)")
+    for command in (submit, evaluate, jobs, stop):
         command.add_argument("--address", default=DEFAULT_ADDRESS, help="the cluster's dashboard (%(default)s)")
     stop.add_argument("job", metavar="JOB", help="as `srpo jobs` lists it")
     commands.add_parser("sample", add_help=False, help="draw with a model: srpo sample MODEL --prompt TEXT -o FILE")

@@ -143,6 +143,18 @@ def test_a_failing_job_fails_the_command_and_shows_why(services: LocalServices, 
     assert any(job.run == str(run) and job.status == "FAILED" for job in Jobs(services.settings.dashboard_url).list())
 
 
+def test_evaluate_compares_in_a_job_of_its_own(services: LocalServices, folder: Path) -> None:
+    settings = services.settings
+    where = {"reward_service": {"url": settings.serve_url}, "tracking": {"uri": settings.mlflow_url}}
+    run = write_run(folder, "judged", "3D", "Flat", comparison={"num_draws": 20}, **where)
+    result = srpo("evaluate", run.name, "again=flux", "--address", settings.dashboard_url, cwd=folder)
+    assert result.returncode == 0, result.stdout
+    numbers = json.loads((folder / "outputs/judged/comparison/numbers.json").read_text(encoding="utf-8"))
+    assert set(numbers) == {"base", "again"}
+    assert numbers["again"][f"reward_{REWARD}"]["difference"]["value"] == 0
+    assert "report.html" in result.stdout
+
+
 def test_a_wrong_token_is_refused_with_the_cure(services: LocalServices, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     with pytest.raises(JobsError, match="token"):
