@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 EmbedImage = Callable[[Tensor], Tensor]  # images (batch, 3, height, width) in [0, 1] -> (batch, embedding)
 
@@ -27,14 +26,15 @@ class PairReward:
 
 
 def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Cosine of each image with its own text: (batch, embedding) twice -> (batch,)."""
-    return (normalize(image_embeds, dim=-1) * normalize(text_embeds, dim=-1)).sum(dim=-1)
+    """Dot product of each image with its own text, (batch, embedding) twice -> (batch,): their cosine where both have
+    length one; the mean of cosines where the image is a mean of unit embeddings (models/views.py)."""
+    return (image_embeds * text_embeds).sum(dim=-1)
 
 
 def relative_reward(
     image_embeds: Tensor, positive_embeds: Tensor, negative_embeds: Tensor, preference_scale: Tensor
 ) -> PairReward:
-    """(1 + k)·pos − neg for each image; embeddings (batch, embedding) of any length, preference_scale k (batch,)."""
+    """(1 + k)·pos − neg for each image; embeddings (batch, embedding), preference_scale k (batch,)."""
     positive = similarity(image_embeds, positive_embeds)
     negative = similarity(image_embeds, negative_embeds)
     return PairReward((1 + preference_scale) * positive - negative, positive, negative)

@@ -11,9 +11,13 @@ import torch
 from hpsv2.src.open_clip.transform import image_transform
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from reward_server.models import ClipArgs, ClipReward, Hpsv2Args, Hpsv2Reward, fit_and_pad, load_reward
+from reward_server.models import ClipArgs, Hpsv2Args, load_reward
+from reward_server.models.clip import ClipReward
+from reward_server.models.hpsv2 import Hpsv2Reward
+from reward_server.models.preprocess import fit_and_pad
 from services.contract import ContractError
 from tests.tiny_models import make_tiny_clip, make_tiny_hpsv2
 
@@ -59,11 +63,12 @@ def test_hpsv2_embeddings_equal_the_published_recipe(hpsv2_args: Hpsv2Args, heig
     pixels = image_transform(28, is_train=False, resize_longest_max=True)(photo(height, width))
     reward = Hpsv2Reward(hpsv2_args)
     with torch.no_grad():
-        torch.testing.assert_close(
-            reward.embed_image(tensor_of(photo(height, width))), model.encode_image(pixels[None]), rtol=1e-5, atol=1e-5
-        )
+        ours = reward.embed_image(tensor_of(photo(height, width)))
+        torch.testing.assert_close(ours, model.encode_image(pixels[None], normalize=True), rtol=1e-5, atol=1e-5)
         tokens = open_clip.get_tokenizer("ViT-H-14")(TEXTS)
-        torch.testing.assert_close(reward.embed_text(TEXTS), model.encode_text(tokens), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            reward.embed_text(TEXTS), model.encode_text(tokens, normalize=True), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -81,7 +86,7 @@ def test_clip_texts_equal_transformers_own(clip_folder: Path) -> None:
     ours = ClipReward(ClipArgs(kind="clip", path=str(clip_folder))).embed_text(TEXTS)
     with torch.no_grad():
         alone = [model.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output for text in TEXTS]
-    torch.testing.assert_close(ours, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, normalize(torch.cat(alone), dim=-1), rtol=1e-5, atol=1e-6)
 
 
 def test_a_gradient_reaches_every_pixel_of_an_image_of_any_size(clip_folder: Path, hpsv2_args: Hpsv2Args) -> None:

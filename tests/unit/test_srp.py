@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from reward_server.srp import relative_reward, value, value_and_image_gradient
 
@@ -12,7 +13,8 @@ BATCH, EMBEDDING = 3, 5
 
 
 def random_embeds(seed: int) -> Tensor:
-    return torch.randn(BATCH, EMBEDDING, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    embeds = torch.randn(BATCH, EMBEDDING, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return normalize(embeds, dim=-1)
 
 
 @pytest.fixture
@@ -50,11 +52,11 @@ def test_swapping_the_pair_negates_the_reward_at_preference_scale_zero(images: T
     torch.testing.assert_close(there.image_gradient, -back.image_gradient)
 
 
-def test_the_length_of_an_embedding_does_not_matter() -> None:
-    image = random_embeds(4)
-    short = relative_reward(image, POSITIVE, NEGATIVE, SCALES)
-    long = relative_reward(7 * image, 3 * POSITIVE, 0.1 * NEGATIVE, SCALES)
-    torch.testing.assert_close(short.rewards, long.rewards)
+def test_a_mean_of_unit_embeddings_is_rewarded_with_the_mean_reward() -> None:
+    views = [random_embeds(4), random_embeds(5)]
+    mean = relative_reward(torch.stack(views).mean(dim=0), POSITIVE, NEGATIVE, SCALES)
+    each = [relative_reward(view, POSITIVE, NEGATIVE, SCALES).rewards for view in views]
+    torch.testing.assert_close(mean.rewards, torch.stack(each).mean(dim=0))
 
 
 def test_reward_passes_gradcheck(images: Tensor) -> None:
