@@ -48,7 +48,7 @@ class ClipReward:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._preprocess = ProcessorTransform(CLIPImageProcessor.from_pretrained(folder), args.path)
         self.max_text_tokens = int(self._model.config.text_config.max_position_embeddings)
-        self.logit_scale = float(self._model.logit_scale.exp())
+        self.logit_scale: float | None = float(self._model.logit_scale.exp())
 
     def embed_image(self, images: Tensor) -> Tensor:
         crop_px = self._preprocess.height_px, self._preprocess.width_px

@@ -51,7 +51,7 @@ class Hpsv2Reward:
         self._size_px = int(model.visual.image_size[0])
         self._mean, self._std = list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
         self.max_text_tokens = int(self._tokenizer.context_length)
-        self.logit_scale = float(self._model.logit_scale.exp())
+        self.logit_scale: float | None = float(self._model.logit_scale.exp())
 
     def embed_image(self, images: Tensor) -> Tensor:
         crop_px = self._size_px, self._size_px

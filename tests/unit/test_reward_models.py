@@ -90,7 +90,7 @@ def test_clip_texts_equal_transformers_own(clip_folder: Path) -> None:
 
 
 def test_a_gradient_reaches_every_pixel_of_an_image_of_any_size(clip_folder: Path, hpsv2_args: Hpsv2Args) -> None:
-    for reward in (load_reward(ClipArgs(kind="clip", path=str(clip_folder))), load_reward(hpsv2_args)):
+    for reward in (ClipReward(ClipArgs(kind="clip", path=str(clip_folder))), Hpsv2Reward(hpsv2_args)):
         images = (0.1 + 0.8 * torch.rand(2, 3, 50, 50)).requires_grad_()
         reward.embed_image(images).square().sum().backward()
         assert images.grad is not None
@@ -98,7 +98,7 @@ def test_a_gradient_reaches_every_pixel_of_an_image_of_any_size(clip_folder: Pat
 
 
 def test_a_text_that_is_too_long_is_named_not_cut(clip_folder: Path, hpsv2_args: Hpsv2Args) -> None:
-    for reward in (load_reward(ClipArgs(kind="clip", path=str(clip_folder))), load_reward(hpsv2_args)):
+    for reward in (ClipReward(ClipArgs(kind="clip", path=str(clip_folder))), Hpsv2Reward(hpsv2_args)):
         text = "cat " * 100
         with pytest.raises(ContractError, match=r"text of \d+ tokens.*cat cat"):
             reward.embed_text(["cat", text])
