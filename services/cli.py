@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from services.config import ConfigError, RewardConfig, load_run_config
-from services.contract import ContractError, Float32, PromptPair, RewardRequest
+from services.contract import ContractError, Float32, PromptPair, RewardRequest, WeightedReward
 from services.jobs import DEFAULT_ADDRESS, Jobs, JobsError
 from services.reward_client import RewardClient, RewardError
 
@@ -96,10 +96,11 @@ def score(args: argparse.Namespace, client: RewardClient) -> int:
     pair = PromptPair(prompt=args.prompt, positive=args.positive, negative=args.negative)
     image = _read_image(args.image)
     name = args.reward or _only_reward(client)
-    response = client.score(RewardRequest(name, image, (pair,), (args.preference_scale,), with_gradient=False))
-    print(f"reward    {response.rewards[0]:+.4f}   {name}, {response.scorer}")
-    print(f"positive  {response.positive_similarities[0]:+.4f}   {pair.positive_text}")
-    print(f"negative  {response.negative_similarities[0]:+.4f}   {pair.negative_text}")
+    rewards = (WeightedReward(name),)
+    response = client.score(RewardRequest(image, (pair,), (args.preference_scale,), rewards, with_gradient=False))
+    print(f"reward    {response.rewards[0]:+.4f}   {name}, {response.scorers[0]}")
+    print(f"positive  {response.positive_similarities[0, 0]:+.4f}   {pair.positive_text}")
+    print(f"negative  {response.negative_similarities[0, 0]:+.4f}   {pair.negative_text}")
     return 0
 
 

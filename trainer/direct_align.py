@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,20 +90,21 @@ def _is_open(branch: Branch, response: RewardResponse, satisfied_at: float | Non
     The invert branch needs this more than a margin: it is rewarded for the words to avoid, so that its hinge only
     grows as the policy leaves them behind.
     """
-    difference = torch.tensor(response.positive_similarities - response.negative_similarities)
+    (positive,), (negative,) = response.positive_similarities, response.negative_similarities  # of the one reward
+    difference = torch.tensor(positive - negative)
     toward_wanted = difference if branch.name == "denoise" else -difference  # the invert branch swaps the words
     return toward_wanted < (math.inf if satisfied_at is None else satisfied_at)
 
 
 def _tensors(response: RewardResponse, images: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards and image gradient on the images' device; a gradient that is missing or not finite would train noise."""
-    if response.image_gradient is None:
-        raise ValueError(f"reward {response.scorer} answered without image_gradient: ask with with_gradient=True")
+    if not isinstance(response.image_gradient, np.ndarray):
+        raise ValueError(f"reward {response.scorers} answered without image_gradient: ask with with_gradient=True")
     rewards = torch.tensor(response.rewards, device=images.device)
     gradient = torch.tensor(response.image_gradient, device=images.device)
     if gradient.shape != images.shape or rewards.shape != images.shape[:1]:
         shapes = f"{tuple(rewards.shape)} and {tuple(gradient.shape)}"
-        raise ValueError(f"reward {response.scorer} answered shapes {shapes} to images {tuple(images.shape)}")
+        raise ValueError(f"reward {response.scorers} answered shapes {shapes} to images {tuple(images.shape)}")
     if not (torch.isfinite(rewards).all() and torch.isfinite(gradient).all()):
-        raise ValueError(f"reward {response.scorer} answered non-finite numbers (request {response.request_id})")
+        raise ValueError(f"reward {response.scorers} answered non-finite numbers (request {response.request_id})")
     return rewards, gradient

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from services.config import RunConfig
-from services.contract import Float32, PromptPair, RewardRequest, RewardResponse
+from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from services.reward_client import RewardClient
 from services.tracking import Tracker
 from trainer.direct_align import branch_loss
@@ -90,7 +90,9 @@ class Worker:
 
     def _load_rewards(self) -> None:
         config = self.config
-        self._client = RewardClient(config.reward.url, config.reward.timeout_s, config.reward.max_attempts)
+        reward = config.reward
+        self._client = RewardClient(reward.url, timeout_s=reward.timeout_s, max_attempts=reward.max_attempts)
+        self._rewards = (WeightedReward(config.reward.name),)
         judge_path = config.evaluation.judge_path
         self._judges = Judges.load(judge_path, self._device) if judge_path and self._rank == 0 else None
 
@@ -236,7 +238,7 @@ class Worker:
     def _score(
         self, images: Float32, pairs: tuple[PromptPair, ...], preference_scales: tuple[float, ...]
     ) -> RewardResponse:
-        return self._client.score(RewardRequest(self.config.reward.name, images, pairs, preference_scales))
+        return self._client.score(RewardRequest(images, pairs, preference_scales, self._rewards))
 
     def _draw_held_out(self, num_images: int) -> Tensor | None:
         return self._held_out.draw(self._engine.policy, self._flux, self._encoded, num_images)
@@ -252,7 +254,7 @@ class Worker:
             pairs = self._pairs(self._held_out.prompts[start : start + batch])
             chunk = (images[start : start + batch].float() / 255).numpy()
             scales = (_EVALUATION_PREFERENCE_SCALE,) * len(pairs)
-            request = RewardRequest(self.config.reward.name, chunk, pairs, scales, with_gradient=False)
+            request = RewardRequest(chunk, pairs, scales, self._rewards, with_gradient=False)
             rewards += self._client.score(request).rewards.tolist()
         return sum(rewards) / len(rewards)
 

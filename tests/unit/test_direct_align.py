@@ -35,7 +35,7 @@ class LocalReward:
         rewards = reward_of(leaf)
         (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
         values = rewards.detach().numpy()
-        return RewardResponse(values, values, values, gradient.numpy(), scorer="local", request_id="0")
+        return RewardResponse(values, values[None], values[None], gradient.numpy(), scorers=("local",), request_id="0")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,9 @@ def test_neither_branch_pushes_an_image_that_is_satisfied(
     objective = ObjectiveConfig(satisfied_at=0.15 if which == 0 else -0.3, margin=10.0)
 
     def score(images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]) -> RewardResponse:
-        return RewardResponse(positive - negative, positive, negative, np.ones_like(images), "local", "0")
+        return RewardResponse(
+            positive - negative, positive[None], negative[None], np.ones_like(images), ("local",), "0"
+        )
 
     branch = both_branches(rollout, objective)[which]
     outcome = branch_loss(branch, rollout, flux.transformer, flux, score, objective)

@@ -53,7 +53,7 @@ class Reference:
         rewards = (1 + torch.tensor(scales)) * positive - negative
         (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
         values = [value.detach().numpy() for value in (rewards, positive, negative)]
-        return RewardResponse(values[0], values[1], values[2], gradient.numpy(), "reference", "0")
+        return RewardResponse(values[0], values[1][None], values[2][None], gradient.numpy(), ("reference",), "0")
 
 
 @pytest.fixture(scope="module", params=["srpo_a", "srpo_b"])
