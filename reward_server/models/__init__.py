@@ -6,20 +6,26 @@ from typing import Annotated, assert_never
 
 from pydantic import Field
 
+from reward_server.models.aesthetic import AestheticArgs, AestheticReward
 from reward_server.models.clip import ClipArgs, ClipReward, PickScoreArgs
 from reward_server.models.hpsv2 import Hpsv2Args, Hpsv2Reward
+from reward_server.models.hpsv3 import Hpsv3Args, Hpsv3Reward
+from reward_server.models.image_reward import ImageRewardArgs, ImageRewardReward
 from reward_server.models.protocol import ImageOnly, Joint, RewardModel, TwoTower
 from reward_server.models.weights import ChecksumError, WeightsArgs, WeightsError
 
-AnyArgs = ClipArgs | PickScoreArgs | Hpsv2Args
+AnyArgs = ClipArgs | PickScoreArgs | Hpsv2Args | AestheticArgs | ImageRewardArgs | Hpsv3Args
 RewardArgs = Annotated[AnyArgs, Field(discriminator="kind")]
 
 __all__ = [
+    "AestheticArgs",
     "AnyArgs",
     "ChecksumError",
     "ClipArgs",
     "Hpsv2Args",
+    "Hpsv3Args",
     "ImageOnly",
+    "ImageRewardArgs",
     "Joint",
     "PickScoreArgs",
     "RewardArgs",
@@ -38,5 +44,11 @@ def load_reward(args: AnyArgs) -> RewardModel:
             return ClipReward(args)
         case Hpsv2Args():
             return Hpsv2Reward(args)
+        case AestheticArgs():
+            return AestheticReward(args)
+        case ImageRewardArgs():
+            return ImageRewardReward(args)
+        case Hpsv3Args():
+            return Hpsv3Reward(args)
         case _:
             assert_never(args)

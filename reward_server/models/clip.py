@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from reward_server.models.preprocess import ProcessorTransform
+from reward_server.models.preprocess import ResizeAndCrop
 from reward_server.models.protocol import check_length
 from reward_server.models.views import Crops, embed_views
 from reward_server.models.weights import WeightsArgs, find_folder, from_pretrained, verified_checksum, weight_files
@@ -46,7 +46,7 @@ class ClipReward:
         self._device, self._crops = torch.device(args.device), args.crops
         self._model = from_pretrained(CLIPModel, folder).to(self._device)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._preprocess = ProcessorTransform(CLIPImageProcessor.from_pretrained(folder), args.path)
+        self._preprocess = ResizeAndCrop.of_processor(CLIPImageProcessor.from_pretrained(folder))
         self.max_text_tokens = int(self._model.config.text_config.max_position_embeddings)
         self.logit_scale: float | None = float(self._model.logit_scale.exp())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,28 +35,40 @@ def fit_and_pad(images: Tensor, size_px: int) -> Tensor:
     return pad(images, [left, free_width - left, top, free_height - top])
 
 
-class ProcessorTransform:
-    """A transformers image processor (CLIPImageProcessor, SiglipImageProcessor): resize, centre crop, normalise.
+class ResizeAndCrop:
+    """Resize, centre crop, normalise, as transformers' image processors and torchvision's transforms do it.
 
-    `height_px`, `width_px`: what the model sees. Raises WeightsError naming a setting that has no counterpart here.
+    `size`: {"height", "width"}, or {"shortest_edge"} with a crop, or empty: no resize. `crop`: {"height", "width"}, or
+    empty. `height_px`, `width_px`: what the model sees. Raises WeightsError where these do not fix one size.
     """
 
-    def __init__(self, processor: Any, source: str) -> None:
+    def __init__(
+        self,
+        size: Mapping[str, int],
+        crop: Mapping[str, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        mode: str = "bicubic",
+    ) -> None:
+        final = crop or size
+        if not (final.get("height") and final.get("width")):
+            raise WeightsError(f"preprocessing with size {dict(size)} and crop {dict(crop)} has no fixed size")
+        self.height_px, self.width_px = final["height"], final["width"]
+        self._size, self._mode, self._mean, self._std = size, mode, list(mean), list(std)
+
+    @classmethod
+    def of_processor(cls, processor: Any) -> ResizeAndCrop:
+        """What a CLIPImageProcessor or SiglipImageProcessor says. WeightsError naming what has no counterpart here."""
         if processor.resample not in _RESAMPLE_MODES:
-            raise WeightsError(f"{source}: resample {processor.resample} is not supported; 2 and 3 are")
-        self._mode = _RESAMPLE_MODES[processor.resample]
-        self._size = dict(processor.size) if processor.do_resize else {}
-        self._crop = dict(processor.crop_size) if processor.do_center_crop else {}
-        self._mean, self._std = list(processor.image_mean), list(processor.image_std)
-        final = self._crop or self._size
-        if not final.get("height"):
-            raise WeightsError(f"{source}: neither crop_size {self._crop} nor size {self._size} fixes height and width")
-        self.height_px, self.width_px = int(final["height"]), int(final["width"])
+            raise WeightsError(f"preprocessing with resample {processor.resample} is not supported; 2 and 3 are")
+        size = dict(processor.size) if processor.do_resize else {}
+        crop = dict(processor.crop_size) if processor.do_center_crop else {}
+        return cls(size, crop, processor.image_mean, processor.image_std, _RESAMPLE_MODES[processor.resample])
 
     def __call__(self, images: Tensor) -> Tensor:
         """(batch, 3, height, width) in [0, 1] -> (batch, 3, height_px, width_px), normalised."""
         height, width = self._resized_px(*images.shape[-2:])
-        # The published processors resize bytes, which cannot overshoot as a bicubic kernel does.
+        # The published code resizes bytes, which cannot overshoot as a bicubic kernel does.
         images = resize(images, height, width, self._mode).clamp(0, 1)
         return normalize(center_crop(images, [self.height_px, self.width_px]), self._mean, self._std)
 
