@@ -1,17 +1,26 @@
 """Several rewards' answers to one request become one: Σ weight · reward, and the image gradient likewise.
 
-Pure; numpy arrays in and out.
+response = await score_all(request, lambda reward: worker.score(Job(request, reward, request_id)))
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.contract import ContractError, Images, RewardRequest, RewardResponse
+
+
+async def score_all(request: RewardRequest, score_alone: Callable[[str], Awaitable[RewardResponse]]) -> RewardResponse:
+    """All the request's rewards at once, each by `score_alone`, combined. Raises what it raises, and as `combine`."""
+    responses = await asyncio.gather(*(score_alone(reward.name) for reward in request.rewards))
+    if request.with_gradient:  # megabytes: not on the event loop
+        return await asyncio.to_thread(combine, request, responses)
+    return combine(request, responses)
 
 
 def combine(request: RewardRequest, responses: Sequence[RewardResponse]) -> RewardResponse:

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,11 +26,16 @@ class ChecksumError(WeightsError):
 
 
 class WeightsArgs(BaseModel):
-    """What every kind of reward says of its weights; a relative path is taken from the folder of reward_server."""
+    """What every kind of reward says; a relative path is taken from the folder of reward_server.
+
+    placement: "ingress" loads it beside the HTTP app, the shortest way; "own" gives it a Serve deployment of its name,
+    with replicas, autoscaling and environment of its own (deploy/serve.yaml).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     path: str
     device: str = "cpu"
+    placement: Literal["ingress", "own"] = "ingress"
     checksum: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")] | None = None  # None: not pinned
 
 

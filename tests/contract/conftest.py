@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 from starlette.types import ASGIApp
 
+from reward_server.limits import Limits
 from reward_server.models import ClipArgs
-from reward_server.scorer import Scorer
+from reward_server.worker import Worker, WorkerArgs
 from tests.serving import reward_app, serve_app
 from tests.tiny_models import make_tiny_clip
 
@@ -16,14 +17,14 @@ MAX_BODY_BYTES = 1 << 20
 
 
 @pytest.fixture(scope="session")
-def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     folder = make_tiny_clip(tmp_path_factory.mktemp("clip"))
-    return Scorer({"tiny-clip": ClipArgs(kind="clip", path=str(folder))})
+    return Worker({"tiny-clip": ClipArgs(kind="clip", path=str(folder))}, WorkerArgs())
 
 
 @pytest.fixture(scope="session")
-def app(scorer: Scorer) -> ASGIApp:
-    return reward_app(scorer, MAX_BODY_BYTES)
+def app(worker: Worker) -> ASGIApp:
+    return reward_app(worker, Limits(max_body_bytes=MAX_BODY_BYTES))
 
 
 @pytest.fixture(scope="session")
