@@ -37,7 +37,6 @@ READY_PATH = "/readyz"
 MEDIA_TYPE = "application/vnd.safetensors"
 IDEMPOTENCY_KEY_HEADER = "idempotency-key"
 REQUEST_ID_HEADER = "x-request-id"
-SCORER_HEADER = "x-scorer"  # of a scored answer: its scorers, separated by ", "
 IMAGE_DTYPES = ("float32", "float16", "uint8")
 GRADIENT_DTYPES = ("float32", "float16")
 MAX_HEADER_BYTES = 4 << 20  # JSON takes many times its size in memory; 4 MiB hold the texts of thousands of images
