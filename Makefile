@@ -32,6 +32,7 @@ check: setup  ## format, lint, types, import rules
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/hadolint deploy/Dockerfile
 
 test: setup  ## all tests, with real components (under 15 minutes)
 	.venv/bin/pytest
