@@ -36,6 +36,7 @@ MLFLOW_URL = "http://mlflow:5000"
 RUN_FOLDER, OUTPUT_FOLDER, WEIGHTS_FOLDER = "/etc/srpo", "/outputs", "/weights"
 _HEALTH = ("/api/healthz", 52365)  # of Ray's agent on every node: its raylet, on the head the GCS too
 _SERVE_HEALTH = ("/-/healthz", 8000)  # of the node's HTTP proxy, which drains before it goes
+_FAST_PROXY = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")  # deploy/local.py has them too
 _RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}  # of the autoscaler beside the head
 _LOOPBACK = ("//127.0.0.1", "//localhost")  # a run file that names this machine means services of the same cluster
 
@@ -73,7 +74,7 @@ def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
         memory_gib=8,
         gpus=math.ceil(max(each.get("num_gpus", 0) for each in options)),
     )
-    environment = [_secret("SRPO_API_KEYS", "api-keys")]
+    environment = [_secret("SRPO_API_KEYS", "api-keys"), *({"name": each, "value": "1"} for each in _FAST_PROXY)]
     volumes = _weights(_strings(serve))
     head = _pod(_HEAD, environment, volumes, ports={"serve": 8000})
     worker = _pod(size, environment, volumes, ports={"serve": 8000})
@@ -82,7 +83,11 @@ def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
     head["spec"]["automountServiceAccountToken"] = True  # the autoscaler beside it asks for pods
     cluster = _cluster(head, worker, group="replicas", num_workers=1, max_workers=4)
     cluster |= {"enableInTreeAutoscaling": True, "autoscalerOptions": {"securityContext": _RIGHTS}}
-    spec = {"serveConfigV2": yaml.safe_dump(serve, sort_keys=False, width=1000), "rayClusterConfig": cluster}
+    spec = {
+        "serveConfigV2": yaml.safe_dump(serve, sort_keys=False, width=1000),
+        "rayClusterDeletionDelaySeconds": serve["http_options"]["request_timeout_s"] + 10,  # after an upgrade, to drain
+        "rayClusterConfig": cluster,
+    }
     return [_resource("RayService", SERVICE, spec)]
 
 
