@@ -48,7 +48,7 @@ class ImageRewardReward:
 
         file = find_file(args.path)
         self.checksum = verified_checksum([file], args)
-        model: Any = ImageReward(args.device, str(find_file(args.med_config)))
+        model: Any = ImageReward(med_config=str(find_file(args.med_config)), device=args.device)
         try:
             missing = model.load_state_dict(load_state_dict(file), strict=False).missing_keys
         except RuntimeError as error:
