@@ -1,13 +1,13 @@
 """The reward app on a real socket without Ray: uvicorn in a thread, on a port that the system chooses.
 
-with serve_app(reward_app({"tiny-clip": ClipArgs(kind="clip", path=folder)})) as url: ...
+with serve_app(reward_app(Worker({"tiny-clip": ClipArgs(kind="clip", path=folder)}, WorkerArgs()))) as url: ...
 """
 
 from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -24,13 +24,13 @@ from services.contract import RewardRequest, RewardResponse
 LIMITS = Limits()
 
 
-def reward_app(worker: Worker, limits: Limits = LIMITS) -> FastAPI:
+def reward_app(worker: Worker, limits: Limits = LIMITS, keys: Collection[str] = ()) -> FastAPI:
     """The app of the deployment, with the rewards of a worker in this process."""
 
     async def score(request: RewardRequest, request_id: str) -> RewardResponse:
         return await score_all(request, lambda reward: worker.score(Job(request, reward, request_id)))
 
-    return build_app(score, worker.infos, limits)
+    return build_app(score, worker.infos, limits, keys)
 
 
 @contextmanager

@@ -2,13 +2,22 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
-from reward_server.guard import GuardError, RequireKey, TokenBuckets, check_binding, key_fingerprint, read_keys
+from reward_server.guard import (
+    GuardError,
+    RateLimit,
+    RequireKey,
+    TokenBuckets,
+    check_binding,
+    key_fingerprint,
+    read_keys,
+)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
@@ -118,6 +127,27 @@ def test_a_fingerprint_tells_keys_apart_and_does_not_contain_them() -> None:
 
 RATES = st.floats(0.01, 1000)
 PAUSES = st.lists(st.floats(0, 100), min_size=1, max_size=60)
+
+
+def test_a_request_too_many_is_told_when_to_come_back() -> None:
+    now_s, inside, sent = 0.0, Inside(), list[Message]()
+    limited = RateLimit(inside, requests_per_s=0.1, burst=2, clock=lambda: now_s)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    def ask(key: str, path: str = "/v1/models") -> int:
+        scope = {"type": "http", "path": path, "state": {"key_fingerprint": key, "request_id": "id-1"}}
+        asyncio.run(limited(scope, no_body, send))
+        return len(inside.callers)
+
+    assert [ask("a"), ask("a"), ask("a"), ask("b"), ask("a", "/healthz")] == [1, 2, 2, 3, 4]
+    start, body = sent
+    assert start["status"] == 429
+    assert (b"retry-after", b"10") in start["headers"]
+    assert json.loads(body["body"])["request_id"] == "id-1"
+    now_s = 10.0
+    assert ask("a") == 5
 
 
 @given(per_s=RATES, burst=st.integers(1, 50), pauses=PAUSES)
