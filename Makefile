@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down fmt check test ci tiny clean
+.PHONY: help setup demo bench-reward up down fmt check test ci tiny clean
 
 help:  ## list the targets
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.complete  ## create .venv with pinned versions (the first time: about 5 minutes, 7 GB)
 .venv/.complete: pyproject.toml deploy/constraints.txt
@@ -17,6 +17,9 @@ setup: .venv/.complete  ## create .venv with pinned versions (the first time: ab
 
 demo: setup  ## align the embedded model, show before and after (under 8 minutes on 2 cores)
 	.venv/bin/python -m deploy.demo
+
+bench-reward: setup  ## how fast the reward service is, on a quiet machine (under 15 minutes)
+	.venv/bin/python -m deploy.bench_reward
 
 up: setup  ## start Ray, the reward service and MLflow on this machine, and keep them up
 	.venv/bin/python -m deploy.local up
