@@ -7,6 +7,7 @@ a second, by handle. `build` is the import path of deploy/serve.yaml, whose `arg
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from reward_server.access_log import log_as_json
 from reward_server.app import build_app
 from reward_server.batching import Overloaded
 from reward_server.catalog import RewardInfo
@@ -81,6 +83,7 @@ class RewardService:
     """The HTTP app with the rewards placed beside it; `__serve_build_asgi_app__` is Serve's late-bound hook."""
 
     def __init__(self, args: ServiceArgs, own: Mapping[str, DeploymentHandle]) -> None:
+        log_as_json(sys.stderr)  # a file of Ray's session, beside Serve's own logs
         self._keys = read_keys(os.environ)
         check_binding(_http_host(), self._keys)
         self._args = args
