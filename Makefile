@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench-reward up down fmt check test ci tiny clean
+.PHONY: help setup demo bench-reward up down fmt manifests check test conflicting ci tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,10 @@ down: setup  ## stop what `make up` started, and nothing else
 fmt: setup  ## format and fix what can be fixed by machine
 	.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
 
+manifests: setup  ## renew deploy/rayservice.yaml and deploy/rayjob.yaml (after a change of serve.yaml or pod.yaml)
+	.venv/bin/python -m deploy.kube service > deploy/rayservice.yaml
+	.venv/bin/python -m deploy.kube job > deploy/rayjob.yaml
+
 check: setup  ## format, lint, types, import rules
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -39,6 +43,9 @@ check: setup  ## format, lint, types, import rules
 
 test: setup  ## all tests, with real components (under 15 minutes)
 	.venv/bin/pytest
+
+conflicting: setup  ## test ImageReward and HPS v3 in environments of their own, made the first time
+	.venv/bin/python -m deploy.conflicting
 
 ci: check test  ## what CI runs
 

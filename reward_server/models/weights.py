@@ -103,7 +103,7 @@ def from_pretrained(model_class: Any, folder: Path) -> Any:
         raise WeightsError(f"{folder} is no {model_class.__name__}: {error}") from error
     if lacking := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
         raise WeightsError(
-            f"{folder} is no {model_class.__name__}: {len(lacking)} weights lack or differ: {lacking[:3]}"
+            f"{folder} is no {model_class.__name__}: {len(lacking)} weights are missing or misshapen, as {lacking[0]}"
         )
     return frozen(model)
 
