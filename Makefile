@@ -34,6 +34,10 @@ manifests: setup  ## renew deploy/rayservice.yaml and deploy/rayjob.yaml (after 
 	.venv/bin/python -m deploy.kube service > deploy/rayservice.yaml
 	.venv/bin/python -m deploy.kube job > deploy/rayjob.yaml
 
+manifests: setup  ## renew deploy/rayservice.yaml and deploy/rayjob.yaml (after a change of serve.yaml or pod.yaml)
+	.venv/bin/python -m deploy.kube service > deploy/rayservice.yaml
+	.venv/bin/python -m deploy.kube job > deploy/rayjob.yaml
+
 check: setup  ## format, lint, types, import rules
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .

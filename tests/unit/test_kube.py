@@ -81,7 +81,7 @@ def test_the_committed_file_is_what_the_command_prints(
     what: str, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([what])
-    assert (DEPLOY / file).read_text(encoding="utf-8") == capsys.readouterr().out
+    assert (DEPLOY / file).read_text(encoding="utf-8") == capsys.readouterr().out, "run `make manifests`"
 
 
 @EVERY
