@@ -148,7 +148,7 @@ class Scorer:
 
         They are on the CPU; getting them there waits for the device, so that the times are those of the work.
         """
-        images = _cat([_as_float(part.images, reward.device) for part in chunk])
+        images = _as_float([part.images for part in chunk], reward.device)
         similarities = reward.similarities([each for part in chunk for each in part.prepared])
         scales = torch.tensor([k for part in chunk for k in part.preference_scales], device=reward.device)
         with phase(self._record, "forward"):
@@ -210,9 +210,15 @@ def _chunks(group: list[_Part], max_images: int) -> Iterator[list[_Part]]:
         yield chunk
 
 
-def _as_float(images: NDArray[Any], device: torch.device) -> Tensor:
-    """float32 in [0, 1] on the device; bytes travel there as bytes."""
-    owned = images if images.flags.writeable else images.copy()  # torch shares memory only with what may be written
+def _as_float(stacks: Sequence[NDArray[Any]], device: torch.device) -> Tensor:
+    """float32 in [0, 1] on the device, of all stacks; joined as they are, since bytes are the least to copy."""
+    by_dtype = [list(group) for _, group in groupby(stacks, key=lambda stack: stack.dtype)]
+    return _cat([_one_dtype_as_float(group, device) for group in by_dtype])
+
+
+def _one_dtype_as_float(stacks: list[NDArray[Any]], device: torch.device) -> Tensor:
+    joined = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
+    owned = joined if joined.flags.writeable else joined.copy()  # torch shares memory only with what may be written
     tensor = torch.from_numpy(owned).to(device)
     return tensor.to(torch.float32).div_(255) if tensor.dtype == torch.uint8 else tensor.to(torch.float32)
 

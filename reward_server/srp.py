@@ -37,7 +37,7 @@ def relative_reward(positive: Tensor, negative: Tensor, preference_scale: Tensor
 
 def value(similarities: Similarities, images: Tensor, preference_scale: Tensor) -> PairReward:
     """The rewards alone: one forward, no gradient."""
-    with torch.no_grad():
+    with torch.inference_mode():
         return relative_reward(*similarities(images), preference_scale)
 
 

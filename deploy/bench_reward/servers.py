@@ -75,7 +75,8 @@ def baseline(folder: Path, models: Mapping[str, Path]) -> Iterator[Server]:
     argument = ",".join(f"{name}={path}" for name, path in models.items())
     command = [
         *(sys.executable, "-m", "gunicorn", "--workers", str(NUM_PROCESSES), "--worker-class", "sync"),
-        *("--timeout", "300", "--bind", f"{HOST}:{port}", f"deploy.bench_reward.baseline:make_app({argument!r})"),
+        *("--timeout", "300", "--no-control-socket", "--bind", f"{HOST}:{port}"),
+        f"deploy.bench_reward.baseline:make_app({argument!r})",
     ]
     process.start(command, ROOT, {"OMP_NUM_THREADS": "1"})
     try:
