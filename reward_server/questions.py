@@ -17,8 +17,8 @@ from starlette.types import Message
 
 from reward_server.errors import validation_text
 from reward_server.limits import Limits
-from reward_server.pictures import open_picture, read_pixels
 from services.contract import ContractError, PromptPair, RewardRequest, WeightedReward
+from services.pictures import open_picture, read_pixels
 
 JSON_TYPE = "application/json"
 FORM_TYPE = "multipart/form-data"

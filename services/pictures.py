@@ -2,6 +2,7 @@
 
     picture = open_picture(data, "images[0]")     # header only: picture.size is known, nothing is decoded
     image = read_pixels(picture, "images[0]")     # (3, height_px, width_px) uint8, as a viewer shows it
+    image = read_picture(Path("cat.jpg"))         # the same of a file
 
 Not here: colour profiles (pixels are taken as sRGB) and animations (refused, rather than judged by a frame).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +66,15 @@ def read_pixels(picture: Image.Image, name: str) -> NDArray[np.uint8]:
         raise PictureError(f"{name} is damaged or incomplete ({type(error).__name__})") from error
     upright = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
     return np.ascontiguousarray(np.asarray(upright).transpose(2, 0, 1))
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """(3, height_px, width_px) of a file. Raises PictureError naming it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot read image {path}: {error.strerror or error}") from error
+    return read_pixels(open_picture(data, str(path)), str(path))
 
 
 def _flatten(picture: Image.Image) -> Image.Image:

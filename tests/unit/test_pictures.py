@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from reward_server.limits import LimitExceeded, Limits
-from reward_server.pictures import PictureError, open_picture, read_pixels
 from reward_server.questions import read_pictures
 from services.contract import ContractError
+from services.pictures import PictureError, open_picture, read_pixels
 
 _NUM_DAMAGED = 2000
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)  # height, width, colour
