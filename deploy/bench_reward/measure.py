@@ -52,7 +52,7 @@ class Comparison:
     theirs: Side = field(default_factory=Side)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Bench:
     """One model on both servers, and bare."""
 
@@ -61,8 +61,11 @@ class Bench:
     baseline: Server
     bare: BareModel
     pictures: list[bytes] = field(default_factory=jpegs)
-    pairs: list[PromptPair] = field(default_factory=pairs)
-    unseen: Iterator[PromptPair] = field(default_factory=unseen_pairs)
+    pairs: list[PromptPair] = field(init=False)
+    unseen: Iterator[PromptPair] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pairs, self.unseen = pairs(self.model.num_prompt_lines), unseen_pairs(self.model.num_prompt_lines)
 
     def check_same_answers(self) -> None:
         """Both do the same work. Raises BenchError."""
@@ -106,7 +109,7 @@ class Bench:
     def batches(self, with_gradient: bool, into: Comparison) -> str:
         """The binary route against the bare model, in images per second."""
         num = self.model.num_binary[with_gradient]
-        question = binary(self.model.name, BATCH, self.model.size_px, with_gradient)
+        question = binary(self.model.name, self.pairs[:BATCH], self.model.size_px, with_gradient)
         cpu_s = self.service.cpu_seconds()
         seen = drive(self.service.url, [question] * num, BATCH_CALLERS)
         into.ours.add(seen, self.service.cpu_seconds() - cpu_s)
@@ -148,7 +151,8 @@ class Growth:
 
 def memory_growth(service: Server, model: Served, num_warm_up: int, num_requests: int) -> Growth:
     """Of single images at 8 callers, every fourth with unseen texts; these fill the text cache during the warm-up."""
-    pictures, known, unseen = jpegs(), itertools.cycle(pairs()), unseen_pairs()
+    pictures, lines = jpegs(), model.num_prompt_lines
+    known, unseen = itertools.cycle(pairs(lines)), unseen_pairs(lines)
 
     def questions(num: int) -> Iterator[Question]:
         for number, picture in zip(range(num), itertools.cycle(pictures), strict=False):

@@ -21,6 +21,7 @@ class Served:
     name: str
     folder: Path
     size_px: int
+    num_prompt_lines: int  # of a prompt: one is what the embedded reward was trained on, six make 26 tokens on average
     num_single: dict[int, int]  # callers -> requests of one image
     num_unseen: int  # requests with texts that are not cached
     num_binary: tuple[int, int]  # requests of a batch without gradient, and with
@@ -28,8 +29,8 @@ class Served:
 
 def embedded(is_quick: bool) -> Served:
     if is_quick:
-        return Served("fluent-clip", EMBEDDED, 64, {1: 8, 8: 24, 32: 32}, 8, (8, 8))
-    return Served("fluent-clip", EMBEDDED, 64, {1: 100, 8: 320, 32: 320}, 160, (160, 60))
+        return Served("fluent-clip", EMBEDDED, 64, 1, {1: 8, 8: 24, 32: 32}, 8, (8, 8))
+    return Served("fluent-clip", EMBEDDED, 64, 1, {1: 100, 8: 320, 32: 320}, 160, (160, 60))
 
 
 def large(folder: Path, is_quick: bool) -> Served:
@@ -43,5 +44,5 @@ def large(folder: Path, is_quick: bool) -> Served:
     for file in EMBEDDED.glob("tokenizer*.json"):
         shutil.copy(file, folder)
     if is_quick:
-        return Served("vit-b32", folder, 224, {1: 4, 8: 8, 32: 32}, 4, (4, 4))
-    return Served("vit-b32", folder, 224, {1: 12, 8: 48, 32: 64}, 24, (12, 8))
+        return Served("vit-b32", folder, 224, 6, {1: 4, 8: 8, 32: 32}, 4, (4, 4))
+    return Served("vit-b32", folder, 224, 6, {1: 12, 8: 48, 32: 64}, 24, (12, 8))

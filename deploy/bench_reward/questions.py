@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
+import json
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,6 @@ from deploy.settings import ROOT
 from services.contract import MEDIA_TYPE, REWARDS_PATH, SCORE_PATH, PromptPair, RewardRequest, WeightedReward
 
 PREFERENCE_SCALE = 0.1
-_BOUNDARY = "reward-bench"
 _NUM_PICTURES, _NUM_PROMPTS = 8, 64
 
 
@@ -28,14 +29,16 @@ class Question:
     content_type: str
 
 
-def pairs() -> list[PromptPair]:
+def pairs(num_lines: int) -> list[PromptPair]:
+    """Of prompts of so many lines of the embedded recipe's: with a control word, one makes 8 tokens on average, six make 26."""
     lines = (ROOT / "deploy" / "tiny" / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
-    return [PromptPair(prompt, "3D", "Flat") for prompt in lines[:_NUM_PROMPTS]]
+    groups = [lines[start : start + num_lines] for start in range(0, _NUM_PROMPTS * num_lines, num_lines)]
+    return [PromptPair(", ".join(group), "3D", "Flat") for group in groups]
 
 
-def unseen_pairs() -> Iterator[PromptPair]:
+def unseen_pairs(num_lines: int) -> Iterator[PromptPair]:
     """Pairs whose texts no server has seen."""
-    for number, pair in zip(itertools.count(), itertools.cycle(pairs())):
+    for number, pair in zip(itertools.count(), itertools.cycle(pairs(num_lines))):
         yield PromptPair(f"{pair.prompt} {number}", "3D", "Flat")
 
 
@@ -52,32 +55,25 @@ def jpegs(size_px: int = 512) -> list[bytes]:
 
 
 def to_service(reward: str, jpeg: bytes, pair: PromptPair) -> Question:
-    """POST /v1/score as a form, as curl would send it."""
+    """POST /v1/score as JSON, which takes the service less time than a form."""
     fields = {
+        "images": [base64.b64encode(jpeg).decode("ascii")],
         "prompt": pair.prompt,
         "positive": pair.positive,
         "negative": pair.negative,
-        "preference_scale": str(PREFERENCE_SCALE),
+        "preference_scale": PREFERENCE_SCALE,
         "reward": reward,
     }
-    head = "".join(_part(f'name="{name}"') + f"{value}\r\n" for name, value in fields.items())
-    file = _part('name="image"; filename="picture.jpg"', "image/jpeg")
-    body = (head + file).encode() + jpeg + f"\r\n--{_BOUNDARY}--\r\n".encode()
-    return Question(SCORE_PATH, body, f"multipart/form-data; boundary={_BOUNDARY}")
-
-
-def _part(disposition: str, content_type: str = "") -> str:
-    kind = f"\r\ncontent-type: {content_type}" if content_type else ""
-    return f"--{_BOUNDARY}\r\ncontent-disposition: form-data; {disposition}{kind}\r\n\r\n"
+    return Question(SCORE_PATH, json.dumps(fields).encode(), "application/json")
 
 
 def to_baseline(reward: str, jpeg: bytes, texts: Sequence[str]) -> Question:
     return Question(f"/{reward}", pickle.dumps({"images": [jpeg], "texts": list(texts)}), "application/octet-stream")
 
 
-def binary(reward: str, batch: int, size_px: int, with_gradient: bool) -> Question:
-    """POST /v1/rewards as the trainer sends it: stacked float32."""
-    images = np.random.default_rng(0).random((batch, 3, size_px, size_px), dtype=np.float32)
-    scales = (PREFERENCE_SCALE,) * batch
-    request = RewardRequest(images, tuple(pairs()[:batch]), scales, (WeightedReward(reward),), with_gradient)
+def binary(reward: str, pairs: Sequence[PromptPair], size_px: int, with_gradient: bool) -> Question:
+    """POST /v1/rewards as the trainer sends it: a stacked float32 image for each pair."""
+    images = np.random.default_rng(0).random((len(pairs), 3, size_px, size_px), dtype=np.float32)
+    scales = (PREFERENCE_SCALE,) * len(pairs)
+    request = RewardRequest(images, tuple(pairs), scales, (WeightedReward(reward),), with_gradient)
     return Question(REWARDS_PATH, request.to_bytes(), MEDIA_TYPE)
