@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import repr as shown
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +35,6 @@ def choose_reward(rewards: Mapping[str, RewardInfo], name: str | None) -> Reward
     if name is None and len(rewards) == 1:
         return next(iter(rewards.values()))
     if name is None or name not in rewards:
-        problem = "reward must be given" if name is None else f"reward {name!r} is not served here"
+        problem = "reward must be given" if name is None else f"reward {shown(name)} is not served here"
         raise ContractError(f"{problem}; served: {', '.join(rewards)}")
     return rewards[name]

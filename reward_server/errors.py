@@ -17,6 +17,7 @@ from reward_server.envelope import add_headers, count_reject
 from reward_server.metrics import Record
 from services.contract import ContractError
 
+_MAX_CHARS = 1000  # a field that is unknown has a name of the caller's
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +63,7 @@ def handle_errors(app: FastAPI, record: Record) -> None:
 def validation_text(errors: object) -> str:
     """pydantic's list of errors as "field: problem; …", without the values."""
     assert isinstance(errors, list | tuple)
-    return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors[:5])
+    return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors[:5])[:_MAX_CHARS]
 
 
 def _answer(request: Request, status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

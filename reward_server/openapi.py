@@ -18,6 +18,7 @@ programs: safetensors in both directions, as `services/contract.py` defines them
 request get the stored answer.
 """
 _RED_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+_PICTURES = "image/png, image/jpeg, image/webp"
 _EXAMPLE = {"prompt": "grinning face", "positive": "3D", "negative": "Flat", "preference_scale": 0.1}
 _REQUEST_ID = {"x-request-id": {"description": "sent or made up", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"retry-after": {"description": "seconds", "schema": {"type": "integer"}}}
@@ -61,5 +62,8 @@ def question_body(kind: type[Question], num_images: int, **example: Any) -> dict
     required = ["image" if name == "images" else name for name in as_json["required"]]
     as_form = as_json | {"properties": {"image": files} | texts, "required": required}
     example = _EXAMPLE | example | {"images": [_RED_PIXEL] * num_images}
-    content = {JSON_TYPE: {"schema": as_json, "example": example}, FORM_TYPE: {"schema": as_form}}
+    content = {
+        JSON_TYPE: {"schema": as_json, "example": example},
+        FORM_TYPE: {"schema": as_form, "encoding": {"image": {"contentType": _PICTURES}}},
+    }
     return {"requestBody": {"required": True, "content": content}}

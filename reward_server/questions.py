@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from reprlib import repr as shown
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -79,7 +80,7 @@ async def read_question(request: Request, body: bytes, kind: type[Asked], limits
         return _validate(kind, await run_in_threadpool(_read_json, body), is_strict=True)
     if media_type == FORM_TYPE:
         return _validate(kind, await _read_form(request, body, limits.max_images), is_strict=False)
-    error = f"content-type must be {JSON_TYPE} or {FORM_TYPE}, not {media_type!r}"
+    error = f"content-type must be {JSON_TYPE} or {FORM_TYPE}, not {shown(media_type)}"
     raise HTTPException(HTTP_415_UNSUPPORTED_MEDIA_TYPE, error)
 
 
@@ -120,11 +121,11 @@ async def _read_form(request: Request, body: bytes, max_images: int) -> dict[str
     async with parser.form(max_files=max_images, max_fields=_MAX_FORM_FIELDS) as form:
         for name, value in form.multi_items():
             if (name == "image") == isinstance(value, str):
-                raise ContractError(f"form field {name!r}: pictures are files named 'image', all else is text")
+                raise ContractError(f"form field {shown(name)}: pictures are files named 'image', all else is text")
             if not isinstance(value, str):
                 fields["images"].append(await value.read())
             elif name in fields:
-                raise ContractError(f"form field {name!r} is unknown or given twice")
+                raise ContractError(f"form field {shown(name)} is unknown or given twice")
             else:
                 fields[name] = value
     return fields

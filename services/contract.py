@@ -41,6 +41,7 @@ IMAGE_DTYPES = ("float32", "float16", "uint8")
 GRADIENT_DTYPES = ("float32", "float16")
 MAX_HEADER_BYTES = 4 << 20  # JSON takes many times its size in memory; 4 MiB hold the texts of thousands of images
 _MAX_NAMES_SHOWN = 5
+_MAX_REASON_CHARS = 300
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON header, 64 bit little endian
 
@@ -148,7 +149,7 @@ class RewardRequest:
         return cls(
             images=images,
             pairs=tuple(_from_json(PromptPair, pair) for pair in _typed(message, "pairs", list)),
-            preference_scales=tuple(_typed(message, "preference_scales", list)),
+            preference_scales=_numbers(message, "preference_scales"),
             rewards=tuple(_from_json(WeightedReward, reward) for reward in _typed(message, "rewards", list)),
             with_gradient=_typed(message, "with_gradient", bool),
             gradient_dtype=_typed(message, "gradient_dtype", str),
@@ -266,7 +267,8 @@ def _unpack(body: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         header = json.loads(body[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes])
         message = json.loads(header["__metadata__"]["message"])
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ContractError(f"body is not a safetensors message of this API: {error}") from error
+        reason = str(error)[:_MAX_REASON_CHARS]  # it may repeat the caller's text
+        raise ContractError(f"body is not a safetensors message of this API: {reason}") from error
     if not isinstance(message, dict):
         raise ContractError(f"message must be a JSON object, not {type(message).__name__}")
     return arrays, message
@@ -283,6 +285,14 @@ def _from_json(kind: type[_Part], value: object) -> _Part:
         raise ContractError(f"{kind.__name__} must be a JSON object, not {shown(value)}")
     _check_keys(f"field of {kind.__name__}", value, {field.name for field in fields(kind)})
     return kind(**value)
+
+
+def _numbers(message: dict[str, Any], field: str) -> tuple[float, ...]:
+    """As floats: a whole number may be larger than what torch reads as one."""
+    values = _typed(message, field, list)
+    for index, value in enumerate(values):
+        _check_finite(f"{field}[{index}]", value)
+    return tuple(map(float, values))
 
 
 def _typed(message: dict[str, Any], field: str, kind: type) -> Any:

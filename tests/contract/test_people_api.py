@@ -141,6 +141,7 @@ def test_where_several_rewards_are_served_one_must_be_named(clip: ClipArgs) -> N
         ({"preference_scale": 1e300}, "preference_scales[0] must be a finite number"),
         ({"reward": "beauty"}, "'beauty' is not served here; served: tiny-clip"),
         ({"with_heat_map": 2}, "with_heat_map: "),
+        ({"x" * 10_000: 1}, "x" * 100),
         ({"url": "http://127.0.0.1/x.png"}, "url: Extra inputs are not permitted"),
     ],
 )
@@ -148,6 +149,7 @@ def test_a_wrong_field_is_named(http: httpx.Client, fields: dict[str, Any], name
     answer = post_json(http, **fields)
     assert answer.status_code == 422
     assert named in answer.json()["error"]
+    assert len(answer.json()["error"]) <= 1000
 
 
 @pytest.mark.parametrize(

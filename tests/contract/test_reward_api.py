@@ -13,7 +13,7 @@ import torch
 
 from reward_server.app import build_app
 from reward_server.limits import Limits
-from reward_server.models import ClipArgs, load_reward
+from reward_server.models import ClipArgs, TwoTower, load_reward
 from reward_server.srp import relative_reward, similarity
 from reward_server.worker import Worker
 from services.contract import (
@@ -53,13 +53,14 @@ def stacked(images: Images | None) -> Any:
 
 def test_remote_rewards_and_gradient_equal_in_process_autograd(client: RewardClient, clip: ClipArgs) -> None:
     model = load_reward(clip)
+    assert isinstance(model, TwoTower)
     images = torch.from_numpy(stacked(REQUEST.images)).requires_grad_()
     embeds = model.embed_image(images)
-    sides = [
+    positive, negative = (
         similarity(embeds, model.embed_text(texts))
         for texts in ([pair.positive_text for pair in REQUEST.pairs], [pair.negative_text for pair in REQUEST.pairs])
-    ]
-    local = relative_reward(*sides, torch.tensor(REQUEST.preference_scales))
+    )
+    local = relative_reward(positive, negative, torch.tensor(REQUEST.preference_scales))
     loss = torch.relu(0.7 - local.rewards).mean()  # a trainer's loss
     (local_gradient,) = torch.autograd.grad(loss, images)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
@@ -74,6 +74,7 @@ image_shapes = st.lists(st.tuples(st.just(3), st.integers(1, 5), st.integers(1, 
     with_gradient=st.booleans(),
     gradient_dtype=st.sampled_from(["float32", "float16"]),
 )
+@settings(max_examples=50, deadline=None)
 def test_a_request_survives_the_wire(
     shapes: list[tuple[int, int, int]],
     is_stacked: bool,
@@ -217,9 +218,21 @@ def test_deeply_nested_json_is_a_contract_error() -> None:
         RewardRequest.from_bytes(body)
 
 
-def test_an_error_does_not_repeat_a_long_value() -> None:
+def test_a_whole_number_is_read_as_a_float() -> None:
+    assert RewardRequest.from_bytes(body_with(preference_scales=[2**64])).preference_scales == (2.0**64,)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        body_with(gradient_dtype="x" * 100_000),
+        body_with(tensors={"x" * 100_000: IMAGES}),
+        body_of_header({"images": {"dtype": "x" * 100_000, "shape": [1], "data_offsets": [0, 1]}}, 1),
+    ],
+)
+def test_an_error_does_not_repeat_a_long_value(body: bytes) -> None:
     with pytest.raises(ContractError) as caught:
-        RewardRequest.from_bytes(body_with(gradient_dtype="x" * 100_000))
+        RewardRequest.from_bytes(body)
     assert len(str(caught.value)) < 1000
 
 
