@@ -30,7 +30,7 @@ class Question:
 
 
 def pairs(num_lines: int) -> list[PromptPair]:
-    """Of prompts of so many lines of the embedded recipe's: with a control word, one makes 8 tokens on average, six make 26."""
+    """Of prompts of so many lines: with a control word, one makes 8 tokens on average, six make 26."""
     lines = (ROOT / "deploy" / "tiny" / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
     groups = [lines[start : start + num_lines] for start in range(0, _NUM_PROMPTS * num_lines, num_lines)]
     return [PromptPair(", ".join(group), "3D", "Flat") for group in groups]
