@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -31,7 +31,7 @@ from reward_server.metrics import METRICS, Metric
 from reward_server.models import AnyArgs, RewardArgs
 from reward_server.scorer import Job
 from reward_server.worker import Worker, WorkerArgs
-from services.contract import ContractError, RewardRequest, RewardResponse
+from services.contract import REQUEST_ID_HEADER, ContractError, RewardRequest, RewardResponse
 
 Outcome = RewardResponse | ContractError | Overloaded  # as a value: Serve would wrap what is raised
 
@@ -94,8 +94,8 @@ class RewardService:
         unloaded = {name: RewardInfo.model_validate({"name": name, "kind": args.rewards[name].kind}) for name in own}
         self._infos = {name: (self._worker.infos | unloaded)[name] for name in args.rewards}
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.score, self._infos, self._args.limits, self._keys, self._record)
+    def __serve_build_asgi_app__(self) -> _OneRequestId:
+        return _OneRequestId(build_app(self.score, self._infos, self._args.limits, self._keys, self._record))
 
     async def score(self, request: RewardRequest, request_id: str) -> RewardResponse:
         """All the request's rewards at once. Raises ContractError and Overloaded."""
@@ -111,6 +111,21 @@ class RewardService:
         if isinstance(outcome, ContractError | Overloaded):
             raise outcome
         return outcome
+
+
+class _OneRequestId:
+    """Leaves the header x-request-id to Serve, which adds it to every answer, to those of the app a second time."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        async def send_without_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [each for each in message["headers"] if each[0] != REQUEST_ID_HEADER.encode()]
+            await send(message)
+
+        await self._app(scope, receive, send_without_id)
 
 
 def _http_host() -> str:
