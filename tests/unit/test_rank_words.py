@@ -24,12 +24,11 @@ from services.rank_words import (
 NUM_IMAGES, NUM_PIXELS = 24, 300
 
 
-def measured(
-    effects: dict[str, Float64], noise: float = 1.0, floor: float = 1.0, offset: float = 0.0, seed: int = 0
-) -> Measured:
+def measured(effects: dict[str, Float64], floor: float = 1.0, base: int = -1, seed: int = 0) -> Measured:
     """Images on which each word adds its effect (images, pixels) to the noise that every text adds, known or not.
 
-    A similarity is the gradient's product with the image, so that the two belong together.
+    A similarity is the gradient's product with the image, so that the two belong together. `base`: the text whose
+    gradient is taken from the others'.
     """
     rng = np.random.default_rng(seed)
     num_texts = len(effects) + NUM_MEANINGLESS
@@ -37,9 +36,9 @@ def measured(
     gradients = shared + floor * rng.normal(size=(NUM_IMAGES, num_texts, NUM_PIXELS)) / np.sqrt(NUM_PIXELS)
     for index, effect in enumerate(effects.values()):
         gradients[:, index] += effect
-    images = rng.normal(size=(NUM_IMAGES, NUM_PIXELS)) * noise
-    similarities = np.einsum("itp,ip->it", gradients, images) + offset
-    gradients = gradients - gradients[:, -1:]  # as they are measured
+    images = rng.normal(size=(NUM_IMAGES, NUM_PIXELS))
+    similarities = np.einsum("itp,ip->it", gradients, images)
+    gradients = gradients - gradients[:, base, None]  # as they are measured
     return Measured(tuple(effects), meaningless_words(), similarities, np.einsum("itp,iup->itu", gradients, gradients))
 
 
@@ -127,6 +126,18 @@ def test_verdicts_do_not_depend_on_the_reward_s_unit(scale: float) -> None:
         assert one.verdict == other.verdict
         assert other.strength == pytest.approx(one.strength)
         assert other.side == pytest.approx(one.side)
+
+
+def test_what_all_texts_share_does_not_count() -> None:
+    """Whatever text's gradient is taken from the others', the findings are the same."""
+    effects = {"3D": direction(0), "Flat": direction(1), "unknown": 0 * direction(2)}
+    for negative in (None, "Flat"):
+        for one, other in zip(
+            rank(measured(effects), negative), rank(measured(effects, base=0), negative), strict=True
+        ):
+            assert one.positive == other.positive
+            assert one.strength == pytest.approx(other.strength)
+            assert one.common_share == pytest.approx(other.common_share, abs=1e-9)
 
 
 def test_most_meaningless_words_are_weak() -> None:
