@@ -21,6 +21,7 @@ from PIL import Image
 from services.contract import ContractError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_JPEG_KINDS = ("JPEG", "MPO")  # MPO: phones append a depth map or a preview to a JPEG; the first picture is the photo
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {  # how to undo each EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,10 +50,11 @@ def open_picture(data: bytes, name: str) -> Image.Image:
         raise PictureError(f"{name} has far too many pixels: {error}") from error
     except _DAMAGE as error:
         raise PictureError(f"{name} is not a PNG, JPEG or WebP picture") from error
-    if getattr(picture, "n_frames", 1) != 1:
+    if picture.format in _JPEG_KINDS:
+        if data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
+            raise PictureError(f"{name} is a JPEG of more than {_MAX_JPEG_SCANS} scans")
+    elif getattr(picture, "n_frames", 1) != 1:
         raise PictureError(f"{name} is an animation; send one frame")
-    if picture.format == "JPEG" and data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
-        raise PictureError(f"{name} is a JPEG of more than {_MAX_JPEG_SCANS} scans")
     return picture
 
 

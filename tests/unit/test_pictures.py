@@ -54,6 +54,12 @@ def test_a_jpeg_is_what_pillow_decodes() -> None:
     np.testing.assert_array_equal(read(data), np.asarray(Image.open(BytesIO(data))))
 
 
+def test_of_a_phones_photo_with_appendages_the_photo_is_read() -> None:
+    photo = Image.fromarray(np.full((6, 4, 3), 200, np.uint8))
+    data = file_of(photo, "MPO", save_all=True, append_images=[Image.new("RGB", (2, 2))])
+    np.testing.assert_array_equal(read(data), np.asarray(photo))
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "RGBA", "PA", "I;16"])
 def test_every_mode_becomes_three_colours(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
