@@ -34,6 +34,8 @@ def test_a_picture_does_not_depend_on_those_beside_it(flux_folder: Path, tmp_pat
     both = draw(flux_folder, tmp_path / "both.png", "--prompt", "red heart", "--prompt", "key")
     assert both.shape == (32, 96, 3)
     assert np.abs(both[:, :48].astype(int) - alone).max() <= 1  # a batch of two may round differently
+    apart = draw(flux_folder, tmp_path / "apart.png", "--prompt", "red heart", "--prompt", "key", "--batch", "1")
+    assert np.abs(both.astype(int) - apart).max() <= 1
 
 
 def test_a_size_that_the_model_cannot_make_is_named(
