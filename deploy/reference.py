@@ -130,7 +130,7 @@ class Reference:
         rewards = (1 + torch.tensor(scales)) * positive - negative
         (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
         values = [value.detach().numpy() for value in (rewards, positive, negative)]
-        return RewardResponse(values[0], values[1], values[2], gradient.numpy(), "reference", "0")
+        return RewardResponse(values[0], values[1][None], values[2][None], gradient.numpy(), ("reference",), "0")
 
     def _similarities(self, features: Tensor, texts: Sequence[str]) -> Tensor:
         return (features * torch.stack([self.tensors[f"reward.text.{text}"].view(-1) for text in texts])).sum(dim=-1)

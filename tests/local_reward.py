@@ -37,7 +37,7 @@ class LocalReward:
         rewards = (1 + torch.tensor(scales)) * positive - negative
         (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
         values = [value.detach().numpy() for value in (rewards, positive, negative)]
-        return RewardResponse(values[0], values[1], values[2], gradient.numpy(), scorer=name, request_id="0")
+        return RewardResponse(values[0], values[1][None], values[2][None], gradient.numpy(), (name,), "0")
 
     def _each(self, images: Tensor, texts: list[str]) -> Tensor:
         names = texts if self.reads_text else [""] * len(texts)

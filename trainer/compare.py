@@ -79,7 +79,7 @@ def compare(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]:
     status: RunStatus = "FAILED"
     try:
         service = config.reward_service
-        with RewardClient(service.url, service.timeout_s, service.max_attempts) as client:
+        with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts) as client:
             columns = judge(config, make_panel(config, client), drawn(config, folders))
         files = write(config, columns)
         for column in columns:

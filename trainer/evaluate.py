@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification
 
 from services.config import RunConfig
-from services.contract import PromptPair, RewardRequest
+from services.contract import PromptPair, RewardRequest, WeightedReward
 from services.reward_client import RewardClient
 from trainer.flux import Conditioning, FluxModel
 from trainer.prompts import evaluation_generator, load_prompts
@@ -73,13 +73,13 @@ def similarities(
     reward at preference_scale 0; a scale above 0 would reward the subject as well.
     """
     words = {each.name: each.control_words for each in config.rewards}.get(reward) or config.control_words
-    batch, positive, negative = config.evaluation.batch, [], []
+    asked, batch, positive, negative = (WeightedReward(reward),), config.evaluation.batch, [], []
     for start in range(0, len(images), batch):
         pairs = tuple(PromptPair(each, words.positive, words.negative) for each in prompts[start : start + batch])
         chunk = (images[start : start + batch].float() / 255).numpy()
-        response = client.score(RewardRequest(reward, chunk, pairs, (0.0,) * len(pairs), with_gradient=False))
-        positive.append(torch.tensor(response.positive_similarities))
-        negative.append(torch.tensor(response.negative_similarities))
+        response = client.score(RewardRequest(chunk, pairs, (0.0,) * len(pairs), asked, with_gradient=False))
+        positive.append(torch.tensor(response.positive_similarities[0]))
+        negative.append(torch.tensor(response.negative_similarities[0]))
     return torch.cat(positive), torch.cat(negative)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from services.contract import Float32, PromptPair, RewardResponse
 from services.objective import BranchName, ObjectiveKind, RewardConfig
+from services.remote_reward import attach_gradient
 
 # a reward's name, images (batch, 3, height, width) in [0, 1], a pair and a preference_scale for each
 Score = Callable[[str, Float32, tuple[PromptPair, ...], tuple[float, ...]], RewardResponse]
@@ -71,8 +72,10 @@ class BranchReward:
         response = score(self.reward.name, _array(images), asked, scales)
         if not response.negative_similarities.any():
             raise ValueError(f"reward {self.reward.name} reads no text: set its pair to noised_image")
-        differences = _tensor(response.positive_similarities - response.negative_similarities, images)
-        return Judged(_with_graph(response, images), self._sign * differences)
+        differences = torch.tensor(
+            response.positive_similarities[0] - response.negative_similarities[0], device=images.device
+        )
+        return Judged(attach_gradient(images, response), self._sign * differences)
 
     def ask(self, pairs: tuple[PromptPair, ...]) -> tuple[tuple[PromptPair, ...], tuple[float, ...]]:
         """The pairs and scales of the request: the table at the top of this file."""
@@ -111,29 +114,8 @@ class BranchReward:
         response = score(self.reward.name, _array(images), pairs, (0.0,) * len(pairs))
         if response.negative_similarities.any():
             raise ValueError(f"reward {self.reward.name} reads text: set its pair to words")
-        return _with_graph(response, images)
-
-
-def _with_graph(response: RewardResponse, images: Tensor) -> Tensor:
-    """The answered rewards (batch,) as a function of the images: value of the answer, gradient of the answer.
-
-    (images · constant) has the reward's gradient, and taking its own value off leaves the reward's value.
-    """
-    if response.image_gradient is None:
-        raise ValueError(f"reward {response.scorer} answered without image_gradient: ask with with_gradient=True")
-    rewards, gradient = _tensor(response.rewards, images), _tensor(response.image_gradient, images)
-    if gradient.shape != images.shape or rewards.shape != images.shape[:1]:
-        shapes = f"{tuple(rewards.shape)} and {tuple(gradient.shape)}"
-        raise ValueError(f"reward {response.scorer} answered shapes {shapes} to images {tuple(images.shape)}")
-    if not (torch.isfinite(rewards).all() and torch.isfinite(gradient).all()):
-        raise ValueError(f"reward {response.scorer} answered non-finite numbers (request {response.request_id})")
-    surrogate = (images * gradient).flatten(1).sum(dim=1)
-    return rewards + (surrogate - surrogate.detach())
+        return attach_gradient(images, response)
 
 
 def _array(images: Tensor) -> Float32:
     return images.detach().float().cpu().numpy()
-
-
-def _tensor(array: Float32, images: Tensor) -> Tensor:
-    return torch.tensor(array, device=images.device)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from services.config import RunConfig
-from services.contract import Float32, PromptPair, RewardRequest, RewardResponse
+from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from services.reward_client import RewardClient
 from services.tracking import Tracker
 from trainer.engine import Engine, init_distributed
@@ -90,7 +90,7 @@ class Worker:
     def _load_rewards(self) -> None:
         config = self.config
         service = config.reward_service
-        self._client = RewardClient(service.url, service.timeout_s, service.max_attempts)
+        self._client = RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts)
         judge_path = config.evaluation.judge_path
         self._judges = Judges.load(judge_path, self._device) if judge_path and self._rank == 0 else None
         guard, panel = config.guard, self._guard_panel() if self._rank == 0 else None
@@ -246,7 +246,7 @@ class Worker:
     def _score(
         self, reward: str, images: Float32, pairs: tuple[PromptPair, ...], preference_scales: tuple[float, ...]
     ) -> RewardResponse:
-        return self._client.score(RewardRequest(reward, images, pairs, preference_scales))
+        return self._client.score(RewardRequest(images, pairs, preference_scales, (WeightedReward(reward),)))
 
     def _draw(self, pictures: HeldOut, num_images: int) -> Tensor | None:
         return pictures.draw(self._engine.policy, self._flux, self._encoded, num_images)

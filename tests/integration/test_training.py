@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reward_server.models import ClipArgs
-from reward_server.scorer import Scorer
+from reward_server.worker import Worker, WorkerArgs
 from services.contract import REWARDS_PATH
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
@@ -176,7 +176,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     make_tiny_judges(folder / "judge", ("3D", "Flat"), PROMPTS, real)
     (folder / "train.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     (folder / "heldout.txt").write_text("\n".join(HELD_OUT), encoding="utf-8")
-    wiretap = Wiretap(reward_app(Scorer({"tiny": ClipArgs(kind="clip", path=str(folder / "clip"))})))
+    wiretap = Wiretap(reward_app(Worker({"tiny": ClipArgs(kind="clip", path=str(folder / "clip"))}, WorkerArgs())))
     # short, because the path of a socket must be
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder, serve_app(wiretap) as url:
         ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=ray_folder, log_to_driver=False)

@@ -58,17 +58,6 @@ def test_an_absent_reward_service_is_named_with_the_cure(picture: str, absent_ur
     assert_one_line(srpo("score", picture, *PAIR, "--url", absent_url), absent_url, "make up")
 
 
-def test_what_is_no_image_is_named(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
-    assert_one_line(srpo("score", str(tmp_path / "text.png"), *PAIR), "text.png", "PNG")
-    assert_one_line(srpo("score", str(tmp_path / "absent.png"), *PAIR), "absent.png", "No such file")
-
-
-def test_an_empty_control_word_is_named(picture: str) -> None:
-    empty = ("--prompt", "red heart", "--positive", "", "--negative", "Flat")
-    assert_one_line(srpo("score", picture, *empty), "positive")
-
-
 def test_sample_names_a_missing_model_and_a_missing_folder(tmp_path: Path) -> None:
     missing = srpo("sample", str(tmp_path / "absent"), "--prompt", "key", "-o", str(tmp_path / "out.png"))
     assert missing.returncode == 1

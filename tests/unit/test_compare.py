@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from reward_server.models import ClipArgs
-from reward_server.scorer import Scorer
+from reward_server.worker import Worker, WorkerArgs
 from services.config import load_run_config
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
@@ -29,7 +29,7 @@ def reward_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     kinds = {
         name: ClipArgs(kind="clip", path=str(make_tiny_clip(clip, seed=len(name)))) for name, clip in clips.items()
     }
-    with serve_app(reward_app(Scorer(kinds))) as url:
+    with serve_app(reward_app(Worker(kinds, WorkerArgs()))) as url:
         yield url
 
 

@@ -12,7 +12,7 @@ import ray
 import yaml
 
 from reward_server.models import ClipArgs
-from reward_server.scorer import Scorer
+from reward_server.worker import Worker, WorkerArgs
 from services.config import load_run_config
 from tests.serving import reward_app, serve_app
 from tests.tiny_models import make_tiny_clip
@@ -22,7 +22,7 @@ from trainer.launch import main, with_absolute_paths
 @pytest.fixture(scope="module")
 def reward_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     clip = make_tiny_clip(tmp_path_factory.mktemp("clip"))
-    with serve_app(reward_app(Scorer({"tiny": ClipArgs(kind="clip", path=str(clip))}))) as url:
+    with serve_app(reward_app(Worker({"tiny": ClipArgs(kind="clip", path=str(clip))}, WorkerArgs()))) as url:
         yield url
 
 
