@@ -3,10 +3,10 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down fmt check test ci tiny clean
+.PHONY: help setup demo bench-reward up down fmt manifests check test conflicting ci reference tiny clean
 
 help:  ## list the targets
-	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.complete  ## create .venv with pinned versions (the first time: about 5 minutes, 7 GB)
 .venv/.complete: pyproject.toml deploy/constraints.txt
@@ -18,6 +18,9 @@ setup: .venv/.complete  ## create .venv with pinned versions (the first time: ab
 demo: setup  ## align the embedded model, show before and after (under 8 minutes on 2 cores)
 	.venv/bin/python -m deploy.demo
 
+bench-reward: setup  ## how fast the reward service is, on a quiet machine (under 15 minutes)
+	.venv/bin/python -m deploy.bench_reward
+
 up: setup  ## start Ray, the reward service and MLflow on this machine, and keep them up
 	.venv/bin/python -m deploy.local up
 
@@ -27,16 +30,27 @@ down: setup  ## stop what `make up` started, and nothing else
 fmt: setup  ## format and fix what can be fixed by machine
 	.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
 
+manifests: setup  ## renew deploy/rayservice.yaml and deploy/rayjob.yaml (after a change of serve.yaml or pod.yaml)
+	.venv/bin/python -m deploy.kube service > deploy/rayservice.yaml
+	.venv/bin/python -m deploy.kube job > deploy/rayjob.yaml
+
 check: setup  ## format, lint, types, import rules
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/hadolint deploy/Dockerfile
 
 test: setup  ## all tests, with real components (under 15 minutes)
 	.venv/bin/pytest
 
+conflicting: setup  ## test ImageReward and HPS v3 in environments of their own, made the first time
+	.venv/bin/python -m deploy.conflicting
+
 ci: check test  ## what CI runs
+
+reference: setup  ## FILES="…": our numbers beside the published algorithm's (files as in ../shared/reference)
+	OMP_NUM_THREADS=1 .venv/bin/python -m deploy.reference $(FILES)
 
 tiny: setup  ## train the embedded default from scratch (hours; resumable stage by stage)
 	$(TINY) data vae views prompts

@@ -105,7 +105,7 @@ def train(where: Settings, run_file: Path) -> Outcome:
 def _at_our_services(where: Settings, run_file: Path) -> Path:
     """A copy of the run file that names the services' addresses, which options can change."""
     tree = yaml.safe_load(run_file.read_text(encoding="utf-8"))
-    tree["reward"] = {**tree["reward"], "url": where.serve_url}
+    tree["reward_service"] = {**tree.get("reward_service", {}), "url": where.serve_url}
     tree["tracking"] = {**tree.get("tracking", {}), "uri": where.mlflow_url}
     copy = where.run_dir / run_file.name
     copy.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

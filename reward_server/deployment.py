@@ -1,76 +1,154 @@
-"""The reward service on Ray Serve: one deployment that holds the models and the HTTP app in one process.
+"""The reward service on Ray Serve: one deployment with the HTTP app, and one for each reward that is to live apart.
 
-A request crosses a single hop, proxy to replica; inside it waits a few milliseconds for others to share its forward.
-`build` is the import path of deploy/serve.yaml, whose `args` are ServiceArgs.
+A request for a reward with `placement: ingress` crosses a single hop, proxy to replica; for one with `placement: own`
+a second, by handle. `build` is the import path of deploy/serve.yaml, whose `args` are ServiceArgs.
 """
 
 from __future__ import annotations
 
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
+import os
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
-import torch
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Counter, Gauge, Histogram
 
+from reward_server.access_log import log_as_json
 from reward_server.app import build_app
-from reward_server.models import RewardArgs
-from reward_server.scorer import Answer, Job, Scorer
-from services.contract import ContractError, RewardRequest, RewardResponse
+from reward_server.batching import Overloaded
+from reward_server.catalog import RewardInfo
+from reward_server.combine import score_all
+from reward_server.guard import check_binding, read_keys
+from reward_server.limits import Limits
+from reward_server.metrics import METRICS, Metric
+from reward_server.models import AnyArgs, RewardArgs
+from reward_server.scorer import Job
+from reward_server.worker import Worker, WorkerArgs
+from services.contract import REQUEST_ID_HEADER, ContractError, RewardRequest, RewardResponse
 
-Positive = Annotated[int, Field(gt=0)]
+Outcome = RewardResponse | ContractError | Overloaded  # as a value: Serve would wrap what is raised
+
+# Scoring changes nothing, so a caller may try again after any of these; the service's client does.
+_PASSING = (RayActorError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError)
+# Defaults of both deployments, which deploy/serve.yaml may change. Ongoing: as many callers as may share a batch.
+_OPTIONS: dict[str, Any] = {"max_ongoing_requests": 128, "graceful_shutdown_timeout_s": 130}
 
 
-class ServiceArgs(BaseModel):
-    """`args` in deploy/serve.yaml; an unknown key is an error."""
+class ServiceArgs(WorkerArgs):
+    """`args` in deploy/serve.yaml; an unknown key is an error. The worker's keys hold for every process with models."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     rewards: Annotated[dict[str, RewardArgs], Field(min_length=1)]  # the name that requests use -> what to load
-    torch_threads: Positive = 1
-    max_batch_images: Positive = 64  # images in one forward, over all callers
-    batch_wait_s: Annotated[float, Field(ge=0)] = 0.005  # how long the first caller waits for company
-    num_cached_texts: Positive = 4096
-    max_body_bytes: Positive = 256 * 2**20
+    limits: Limits = Limits()
 
 
 def build(args: dict[str, Any]) -> Application:
     """The Serve application. Raises pydantic's ValidationError naming the key that is unknown or wrong."""
-    return RewardService.bind(ServiceArgs.model_validate(args))  # type: ignore[attr-defined]  # serve.deployment adds it
+    checked = ServiceArgs.model_validate(args)
+    own = {
+        name: OwnReward.options(name=name).bind(name, reward, checked)  # type: ignore[attr-defined]  # serve.deployment
+        for name, reward in checked.rewards.items()
+        if reward.placement == "own"
+    }
+    return RewardService.bind(checked, own)  # type: ignore[attr-defined]
 
 
-def _num_images(jobs: list[Job]) -> int:
-    """The size of a batch. Serve refuses a job larger than a batch; ours is scored, alone and in several forwards."""
-    return sum(job.num_images for job in jobs) if len(jobs) > 1 else 1
+@serve.deployment(**_OPTIONS)
+class OwnReward:
+    """One reward in replicas of its own."""
+
+    def __init__(self, name: str, reward: AnyArgs, args: ServiceArgs) -> None:
+        self._name = name
+        self._worker = Worker({name: reward}, args, _RayRecord())
+
+    async def score(self, request: RewardRequest, request_id: str) -> tuple[Outcome, RewardInfo]:
+        """What became of the request under this reward, and what is known of the reward now that it is loaded."""
+        outcome: Outcome
+        try:
+            outcome = await self._worker.score(Job(request, self._name, request_id))
+        except (ContractError, Overloaded) as error:
+            outcome = error
+        return outcome, self._worker.infos[self._name]
 
 
-@serve.deployment
+@serve.deployment(**_OPTIONS)
 @serve.ingress()
 class RewardService:
-    """Loads the models in the replica, then serves them; `__serve_build_asgi_app__` is Serve's late-bound hook."""
+    """The HTTP app with the rewards placed beside it; `__serve_build_asgi_app__` is Serve's late-bound hook."""
 
-    def __init__(self, args: ServiceArgs) -> None:
+    def __init__(self, args: ServiceArgs, own: Mapping[str, DeploymentHandle]) -> None:
+        log_as_json(sys.stderr)  # a file of Ray's session, beside Serve's own logs
+        self._keys = read_keys(os.environ)
+        check_binding(_http_host(), self._keys)
         self._args = args
-        # One thread: torch parallelises inside it, the event loop stays free to gather the next batch, and the
-        # scorer needs no locks. Torch's thread count holds per thread, hence the initializer.
-        self._torch_thread = ThreadPoolExecutor(1, "torch", torch.set_num_threads, (args.torch_threads,))
-        self._scorer = self._torch_thread.submit(
-            Scorer, args.rewards, args.max_batch_images, args.num_cached_texts
-        ).result()
-        self._score_batch.set_max_batch_size(args.max_batch_images)
-        self._score_batch.set_batch_wait_timeout_s(args.batch_wait_s)
+        self._own = own
+        self._record = _RayRecord()
+        beside = {name: reward for name, reward in args.rewards.items() if name not in own}
+        self._worker = Worker(beside, args, self._record)
+        unloaded = {name: RewardInfo.model_validate({"name": name, "kind": args.rewards[name].kind}) for name in own}
+        self._infos = {name: (self._worker.infos | unloaded)[name] for name in args.rewards}
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.score, self._scorer.versions, self._args.max_body_bytes)
+    def __serve_build_asgi_app__(self) -> _OneRequestId:
+        return _OneRequestId(build_app(self.score, self._infos, self._args.limits, self._keys, self._record))
 
     async def score(self, request: RewardRequest, request_id: str) -> RewardResponse:
-        answer: Answer = await self._score_batch(Job(request, request_id))
-        if isinstance(answer, ContractError):
-            raise answer
-        return answer
+        """All the request's rewards at once. Raises ContractError and Overloaded."""
+        return await score_all(request, lambda reward: self._score_alone(request, reward, request_id))
 
-    @serve.batch(batch_size_fn=_num_images)
-    async def _score_batch(self, jobs: list[Job]) -> list[Answer]:
-        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, self._scorer.score, jobs)
+    async def _score_alone(self, request: RewardRequest, reward: str, request_id: str) -> RewardResponse:
+        if reward not in self._own:
+            return await self._worker.score(Job(request, reward, request_id))
+        try:
+            outcome, self._infos[reward] = await self._own[reward].score.remote(request, request_id)
+        except _PASSING as error:
+            raise Overloaded(f"reward {reward!r} has no replica that takes the request") from error
+        if isinstance(outcome, ContractError | Overloaded):
+            raise outcome
+        return outcome
+
+
+class _OneRequestId:
+    """Leaves the header x-request-id to Serve, which adds it to every answer, to those of the app a second time."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        async def send_without_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [each for each in message["headers"] if each[0] != REQUEST_ID_HEADER.encode()]
+            await send(message)
+
+        await self._app(scope, receive, send_without_id)
+
+
+def _http_host() -> str:
+    """Where the proxies and, behind HAProxy, the replicas listen."""
+    return serve.context._get_global_client().http_config.host or "0.0.0.0"
+
+
+class _RayRecord:
+    """Ray's Prometheus export as a metrics.Record; Serve adds application, deployment and replica."""
+
+    def __init__(self) -> None:
+        self._tell = {metric.name: _teller(metric) for metric in METRICS}
+
+    def __call__(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        self._tell[metric.name](value, labels)
+
+
+def _teller(metric: Metric) -> Callable[[float, Mapping[str, str]], None]:
+    match metric.kind:
+        case "counter":
+            return Counter(metric.name, metric.description, tag_keys=metric.labels).inc
+        case "gauge":
+            return Gauge(metric.name, metric.description, tag_keys=metric.labels).set
+        case "histogram":
+            boundaries = list(metric.boundaries)
+            return Histogram(metric.name, metric.description, boundaries, tag_keys=metric.labels).observe

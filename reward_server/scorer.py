@@ -1,33 +1,40 @@
-"""Requests of many callers in, their answers out: validate, group what fits into one forward, score, split again.
+"""Requests of many callers in, their answers out: group what fits into one forward, score, split again.
 
     scorer = Scorer({"fluent-clip": ClipArgs(kind="clip", path="deploy/tiny/reward")})
-    (response,) = scorer.score([Job(request, request_id="1")])
+    (response,) = scorer.score([Job(request, "fluent-clip", request_id="1")])
 
-Blocking and not thread-safe: whoever serves it gives it one thread (deployment.py).
+A job is scored by one reward; combine.py adds several up. Blocking and not thread-safe: whoever serves it gives it
+one thread (deployment.py).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from reward_server.models import ClipArgs, Hpsv2Args, RewardModel, load_reward
-from reward_server.srp import PairReward, value, value_and_image_gradient
-from services.contract import ContractError, Float32, RewardRequest, RewardResponse
+from reward_server.metrics import BATCH_IMAGES, IMAGES, Record, ignore, phase
+from reward_server.models import AnyArgs
+from reward_server.served import Prepared, ServedReward
+from reward_server.srp import value, value_for_gradient
+from services.contract import ContractError, Images, RewardRequest, RewardResponse
 
 Answer = RewardResponse | ContractError  # a caller's mistake is its own answer, not the end of the others' batch
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One caller's request with the id under which it is answered and logged."""
+    """One caller's request to one of its rewards, with the id under which it is answered and logged."""
 
     request: RewardRequest
+    reward: str
     request_id: str
 
     @property
@@ -35,121 +42,203 @@ class Job:
         return len(self.request.pairs)
 
 
-class Scorer:
-    """The served rewards, loaded. `versions`: name -> checksum of the weights, in the order of the configuration."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Images of one job, one size and one dtype: `first` is their place in the job."""
 
-    def __init__(
-        self, rewards: Mapping[str, ClipArgs | Hpsv2Args], max_batch_images: int = 64, num_cached_texts: int = 4096
-    ) -> None:
-        self._rewards = {name: _Served(load_reward(args), num_cached_texts) for name, args in rewards.items()}
-        self._max_batch_images = max_batch_images
-        self.versions = {name: served.model.checksum for name, served in self._rewards.items()}
+    job: int
+    first: int
+    images: NDArray[Any]  # (batch, 3, height, width)
+    prepared: Sequence[Prepared]
+    preference_scales: Sequence[float]
 
-    def score(self, jobs: Sequence[Job]) -> list[Answer]:
-        """One answer per job, in order. Images of one size under one reward share forwards, whoever sent them."""
-        answers: dict[int, Answer] = {}
-        groups: dict[tuple[object, ...], dict[int, _Prepared]] = defaultdict(dict)
-        for index, job in enumerate(jobs):
-            try:
-                request = job.request
-                prepared = self._prepare(job)
-                groups[request.reward, request.images.shape[1:], request.with_gradient][index] = prepared
-            except ContractError as error:
-                answers[index] = error
-        for group in groups.values():
-            outcomes = self._score_group(list(group.values()))
-            answers |= {index: _answer(group[index], out) for index, out in zip(group, outcomes, strict=True)}
-        return [answers[index] for index in range(len(jobs))]
-
-    def _prepare(self, job: Job) -> _Prepared:
-        served = self._rewards.get(job.request.reward)
-        if served is None:
-            raise ContractError(f"reward {job.request.reward!r} is not served here; served: {', '.join(self.versions)}")
-        return _Prepared(
-            job=job,
-            served=served,
-            positive_embeds=served.embed_texts([pair.positive_text for pair in job.request.pairs]),
-            negative_embeds=served.embed_texts([pair.negative_text for pair in job.request.pairs]),
+    def cut(self, start: int, end: int) -> _Part:
+        rows = slice(start, end)
+        return replace(
+            self,
+            images=self.images[rows],
+            prepared=self.prepared[rows],
+            preference_scales=self.preference_scales[rows],
         )
-
-    def _score_group(self, group: list[_Prepared]) -> list[PairReward]:
-        """One PairReward per member; the model never sees more than max_batch_images at once."""
-        request, model = group[0].job.request, group[0].served.model
-        evaluate = value_and_image_gradient if request.with_gradient else value
-        images = torch.from_numpy(np.concatenate([member.job.request.images for member in group]))
-        positive_embeds = torch.cat([member.positive_embeds for member in group])
-        negative_embeds = torch.cat([member.negative_embeds for member in group])
-        scales = [k for member in group for k in member.job.request.preference_scales]
-        preference_scale = torch.tensor(scales, device=positive_embeds.device)
-        inputs = (images, positive_embeds, negative_embeds, preference_scale)
-        chunks = zip(*(tensor.split(self._max_batch_images) for tensor in inputs), strict=True)
-        outcomes = [evaluate(model.embed_image, *chunk) for chunk in chunks]
-        return _split(outcomes, [member.job.num_images for member in group])
-
-
-class _Served:
-    """A model with the embeddings of the texts it saw last; training prompts come back every epoch."""
-
-    def __init__(self, model: RewardModel, num_cached_texts: int) -> None:
-        self.model = model
-        self._num_cached_texts = num_cached_texts
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """(len(texts), embedding)."""
-        unseen = [text for text in dict.fromkeys(texts) if text not in self._cache]
-        if unseen:
-            self._cache |= zip(unseen, self.model.embed_text(unseen), strict=True)
-        for text in texts:
-            self._cache.move_to_end(text)
-        embeds = torch.stack([self._cache[text] for text in texts])
-        while len(self._cache) > self._num_cached_texts:
-            self._cache.popitem(last=False)
-        return embeds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Prepared:
-    job: Job
-    served: _Served
-    positive_embeds: Tensor
-    negative_embeds: Tensor
+class _Outcome:
+    """What became of a part, on the CPU: (batch,) three times, and the gradient in the shape of its images."""
+
+    first: int
+    rewards: Tensor
+    positive_similarities: Tensor
+    negative_similarities: Tensor
+    image_gradient: Tensor | None = None
 
 
-def _split(outcomes: list[PairReward], sizes: list[int]) -> list[PairReward]:
-    """The chunks' outcomes, joined and cut again into one for each caller."""
+class Scorer:
+    """The rewards of this process, loaded: `rewards`, by name, in the order of the configuration."""
 
-    def cut(parts: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.cat(parts).cpu().split(sizes)
+    def __init__(
+        self,
+        rewards: Mapping[str, AnyArgs],
+        max_batch_images: int = 64,
+        num_cached_texts: int = 4096,
+        record: Record = ignore,
+    ) -> None:
+        self.rewards = {name: ServedReward(name, args, num_cached_texts, record) for name, args in rewards.items()}
+        self._max_batch_images = max_batch_images
+        self._record = record
 
-    gradients = [outcome.image_gradient for outcome in outcomes if outcome.image_gradient is not None]
-    return [
-        PairReward(*parts)
-        for parts in zip(
-            cut([outcome.rewards for outcome in outcomes]),
-            cut([outcome.positive_similarities for outcome in outcomes]),
-            cut([outcome.negative_similarities for outcome in outcomes]),
-            cut(gradients) if gradients else [None] * len(sizes),
-            strict=True,
+    def score(self, jobs: Sequence[Job]) -> list[Answer]:
+        """One answer per job, in order; weights are not applied, image gradients are float32.
+
+        Images of one size under one reward share forwards, whoever sent them and in whatever dtype.
+        """
+        outcomes: list[list[_Outcome] | ContractError] = [[] for _ in jobs]
+        for (name, with_gradient, _), group in self._groups(jobs, outcomes).items():
+            scored = self._score_group(self.rewards[name], with_gradient, group)
+            for part, outcome in zip(group, scored, strict=True):
+                known = outcomes[part.job]
+                if isinstance(outcome, ContractError):
+                    outcomes[part.job] = outcome
+                elif isinstance(known, list):
+                    known.append(outcome)
+        return [
+            outcome if isinstance(outcome, ContractError) else self._answer(job, outcome)
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
+
+    def _groups(
+        self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | ContractError]
+    ) -> dict[tuple[str, bool, tuple[int, ...]], list[_Part]]:
+        """The parts that may share a forward; a job that cannot be scored at all gets its error as its outcome."""
+        groups = defaultdict(list)
+        for index, job in enumerate(jobs):
+            try:
+                prepared = self._reward(job.reward).prepare(job.request.pairs)
+            except ContractError as error:
+                outcomes[index] = error
+                continue
+            for part in _parts(index, job.request, prepared):
+                groups[job.reward, job.request.with_gradient, part.images.shape[1:]].append(part)
+        return groups
+
+    def _reward(self, name: str) -> ServedReward:
+        if name not in self.rewards:
+            raise ContractError(f"reward {name!r} is not served here; served: {', '.join(self.rewards)}")
+        return self.rewards[name]
+
+    def _score_group(
+        self, reward: ServedReward, with_gradient: bool, group: list[_Part]
+    ) -> Sequence[_Outcome | ContractError]:
+        """One outcome for each part; the model never sees more than max_batch_images at once."""
+        try:
+            chunks = [
+                self._score_chunk(reward, with_gradient, chunk) for chunk in _chunks(group, self._max_batch_images)
+            ]
+        except ContractError as error:  # a text too long for a model that reads image and text together: whose is it?
+            jobs = [list(parts) for _, parts in groupby(group, key=lambda part: part.job)]
+            if len(jobs) == 1:
+                return [error] * len(group)
+            return [outcome for parts in jobs for outcome in self._score_group(reward, with_gradient, parts)]
+        sizes = [len(part.images) for part in group]
+        columns = [_cat(list(column)).split(sizes) for column in zip(*chunks, strict=True)]
+        return [_Outcome(part.first, *row) for part, row in zip(group, zip(*columns, strict=True), strict=True)]
+
+    def _score_chunk(self, reward: ServedReward, with_gradient: bool, chunk: list[_Part]) -> list[Tensor]:
+        """Rewards, positive and negative similarities, and the image gradient if asked for: of all the chunk's images.
+
+        They are on the CPU; getting them there waits for the device, so that the times are those of the work.
+        """
+        images = _as_float([part.images for part in chunk], reward.device)
+        similarities = reward.similarities([each for part in chunk for each in part.prepared])
+        scales = torch.tensor([k for part in chunk for k in part.preference_scales], device=reward.device)
+        with phase(self._record, "forward"):
+            if with_gradient:
+                outcome, image_gradient = value_for_gradient(similarities, images, scales)
+            else:
+                outcome = value(similarities, images, scales)
+            rewards, positive = outcome.rewards.cpu(), outcome.positive_similarities.cpu()
+            columns = [rewards, positive, outcome.negative_similarities.cpu()]
+        if with_gradient:
+            with phase(self._record, "backward"):
+                columns.append(image_gradient().cpu())
+        self._record(IMAGES, len(images), {"reward": reward.name})
+        self._record(BATCH_IMAGES, len(images), {"reward": reward.name})
+        return columns
+
+    def _answer(self, job: Job, outcomes: list[_Outcome]) -> Answer:
+        outcomes = sorted(outcomes, key=lambda outcome: outcome.first)
+        for outcome in outcomes:
+            if (index := _first_not_finite(outcome)) is not None:
+                pair = job.request.pairs[outcome.first + index]
+                return ContractError(
+                    f"images[{outcome.first + index}] has no finite {job.reward} reward or gradient under {pair}"
+                )
+        return RewardResponse(
+            rewards=_cat([each.rewards for each in outcomes]).numpy(),
+            positive_similarities=_cat([each.positive_similarities for each in outcomes]).numpy()[None],
+            negative_similarities=_cat([each.negative_similarities for each in outcomes]).numpy()[None],
+            image_gradient=_image_gradient(job.request, outcomes),
+            scorers=(f"{job.reward}@{self.rewards[job.reward].model.checksum}",),
+            request_id=job.request_id,
         )
+
+
+def _parts(index: int, request: RewardRequest, prepared: Sequence[Prepared]) -> list[_Part]:
+    """Stacked images stay together; mixed ones are one part each."""
+    if isinstance(request.images, np.ndarray):
+        return [_Part(index, 0, request.images, prepared, request.preference_scales)]
+    return [
+        _Part(index, first, image[None], prepared[first : first + 1], request.preference_scales[first : first + 1])
+        for first, image in enumerate(request.images)
     ]
 
 
-def _answer(prepared: _Prepared, outcome: PairReward) -> Answer:
-    request = prepared.job.request
-    for index, pair in enumerate(request.pairs):
-        gradient = outcome.image_gradient
-        if not (outcome.rewards[index].isfinite() and (gradient is None or gradient[index].isfinite().all())):
-            return ContractError(f"images[{index}] has no finite {request.reward} reward or gradient under {pair}")
-    return RewardResponse(
-        rewards=_numpy(outcome.rewards),
-        positive_similarities=_numpy(outcome.positive_similarities),
-        negative_similarities=_numpy(outcome.negative_similarities),
-        image_gradient=None if outcome.image_gradient is None else _numpy(outcome.image_gradient),
-        scorer=f"{request.reward}@{prepared.served.model.checksum}",
-        request_id=prepared.job.request_id,
-    )
+def _chunks(group: list[_Part], max_images: int) -> Iterator[list[_Part]]:
+    """The group's images in order, max_images at a time."""
+    chunk: list[_Part] = []
+    free = max_images
+    for part in group:
+        start = 0
+        while start < len(part.images):
+            chunk.append(part.cut(start, start + free))
+            start += len(chunk[-1].images)
+            free -= len(chunk[-1].images)
+            if free == 0:
+                yield chunk
+                chunk, free = [], max_images
+    if chunk:
+        yield chunk
 
 
-def _numpy(tensor: Tensor) -> Float32:
-    return tensor.numpy()
+def _as_float(stacks: Sequence[NDArray[Any]], device: torch.device) -> Tensor:
+    """float32 in [0, 1] on the device, of all stacks; joined as they are, since bytes are the least to copy."""
+    by_dtype = [list(group) for _, group in groupby(stacks, key=lambda stack: stack.dtype)]
+    return _cat([_one_dtype_as_float(group, device) for group in by_dtype])
+
+
+def _one_dtype_as_float(stacks: list[NDArray[Any]], device: torch.device) -> Tensor:
+    joined = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
+    owned = joined if joined.flags.writeable else joined.copy()  # torch shares memory only with what may be written
+    tensor = torch.from_numpy(owned).to(device)
+    return tensor.to(torch.float32).div_(255) if tensor.dtype == torch.uint8 else tensor.to(torch.float32)
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _image_gradient(request: RewardRequest, outcomes: list[_Outcome]) -> Images | None:
+    """In the layout of the request's images."""
+    gradients = [each.image_gradient.numpy() for each in outcomes if each.image_gradient is not None]
+    if not gradients:
+        return None
+    return gradients[0] if isinstance(request.images, np.ndarray) else tuple(gradient[0] for gradient in gradients)
+
+
+def _first_not_finite(outcome: _Outcome) -> int | None:
+    """The first image whose reward or gradient is not finite. A sum tells, in one pass over the gradient."""
+    checks = outcome.rewards
+    if outcome.image_gradient is not None:
+        checks = checks + outcome.image_gradient.sum(dim=(1, 2, 3))
+    bad = (~checks.isfinite()).nonzero()
+    return int(bad[0]) if len(bad) else None

@@ -1,7 +1,7 @@
-"""The relative reward of an image under a prompt pair, and its gradient: arithmetic on embeddings, nothing else.
+"""The relative reward of an image under a prompt pair, and its gradient: arithmetic on similarities, nothing else.
 
-SRPO scores one image under two texts (arXiv 2509.06942, section 3.3; guidance form): r = (1 + k)·pos − neg, pos and
-neg being cosine similarities. r is linear in the texts, so a pair costs one image forward and one backward.
+SRPO scores one image under two texts (arXiv 2509.06942, section 3.3; guidance form): r = (1 + k)·pos − neg. Where
+image and text are embedded apart, both similarities come from one image forward, and r from one backward.
 """
 
 from __future__ import annotations
@@ -11,57 +11,51 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-EmbedImage = Callable[[Tensor], Tensor]  # images (batch, 3, height, width) in [0, 1] -> (batch, embedding)
+# images (batch, 3, height, width) in [0, 1] -> positive and negative similarities (batch,), each image's its own
+Similarities = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairReward:
-    """Rewards and both similarities (batch,); image_gradient ∂ reward / ∂ image, shaped as the images, if computed."""
+    """Rewards and both similarities (batch,)."""
 
     rewards: Tensor
     positive_similarities: Tensor
     negative_similarities: Tensor
-    image_gradient: Tensor | None = None
 
 
 def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Cosine of each image with its own text: (batch, embedding) twice -> (batch,)."""
-    return (normalize(image_embeds, dim=-1) * normalize(text_embeds, dim=-1)).sum(dim=-1)
+    """Of each image with its own text: (batch, embedding) twice -> (batch,); the cosine where both have length one."""
+    return (image_embeds * text_embeds).sum(dim=-1)
 
 
-def relative_reward(
-    image_embeds: Tensor, positive_embeds: Tensor, negative_embeds: Tensor, preference_scale: Tensor
-) -> PairReward:
-    """(1 + k)·pos − neg for each image; embeddings (batch, embedding) of any length, preference_scale k (batch,)."""
-    positive = similarity(image_embeds, positive_embeds)
-    negative = similarity(image_embeds, negative_embeds)
+def relative_reward(positive: Tensor, negative: Tensor, preference_scale: Tensor) -> PairReward:
+    """(1 + k)·pos − neg for each image; similarities and preference_scale k (batch,)."""
     return PairReward((1 + preference_scale) * positive - negative, positive, negative)
 
 
-def value(
-    embed_image: EmbedImage, images: Tensor, positive_embeds: Tensor, negative_embeds: Tensor, preference_scale: Tensor
-) -> PairReward:
-    """The rewards alone: one image forward."""
-    with torch.no_grad():
-        return relative_reward(embed_image(images), positive_embeds, negative_embeds, preference_scale)
+def value(similarities: Similarities, images: Tensor, preference_scale: Tensor) -> PairReward:
+    """The rewards alone: one forward, no gradient."""
+    with torch.inference_mode():
+        return relative_reward(*similarities(images), preference_scale)
 
 
-def value_and_image_gradient(
-    embed_image: EmbedImage, images: Tensor, positive_embeds: Tensor, negative_embeds: Tensor, preference_scale: Tensor
-) -> PairReward:
-    """The rewards and ∂ reward / ∂ image of every image: one forward and one backward for the whole batch.
+def value_for_gradient(
+    similarities: Similarities, images: Tensor, preference_scale: Tensor
+) -> tuple[PairReward, Callable[[], Tensor]]:
+    """The rewards, and what computes ∂ reward / ∂ image (batch, 3, height, width) of every image in one backward.
 
-    embed_image must treat the images of a batch independently: then the gradient of the sum is each image's own.
+    similarities must treat the images of a batch independently: then the gradient of the sum is each image's own.
     """
     with torch.enable_grad():
-        images = images.detach().requires_grad_()
-        outcome = relative_reward(embed_image(images), positive_embeds, negative_embeds, preference_scale)
-        (image_gradient,) = torch.autograd.grad(outcome.rewards.sum(), images)
+        leaves = images.detach().requires_grad_()
+        outcome = relative_reward(*similarities(leaves), preference_scale)
+        total = outcome.rewards.sum()
+
+    def image_gradient() -> Tensor:
+        return torch.autograd.grad(total, leaves)[0]
+
     return PairReward(
-        outcome.rewards.detach(),
-        outcome.positive_similarities.detach(),
-        outcome.negative_similarities.detach(),
-        image_gradient,
-    )
+        outcome.rewards.detach(), outcome.positive_similarities.detach(), outcome.negative_similarities.detach()
+    ), image_gradient

@@ -1,10 +1,14 @@
-"""The command `srpo`: run and submit trainings, draw samples, score an image.
+"""The command `srpo`: run and submit trainings, draw samples, score pictures, try control words.
 
     srpo run RUN.yaml                      train in the foreground
     srpo submit RUN.yaml                   train as a Ray job and follow it
+    srpo evaluate RUN.yaml [MODEL …]       compare with the base model, as a Ray job
     srpo jobs | srpo stop JOB              what runs on the cluster, and an end to it
     srpo sample MODEL --prompt … -o FILE   draw with a model
-    srpo score IMAGE --prompt … --positive … --negative …
+    srpo score IMAGE… --prompt … --positive … --negative …
+                                           the relative reward of pictures
+    srpo rank-words IMAGE… --prompt … --words …
+                                           which control words would move the reward on these pictures
 
 It starts programs (`python -m trainer.…`) and asks services; it holds no tensors and imports no trainer. A mistake of
 the caller ends in one line that names the thing and the cure, and exit code 1.
@@ -19,16 +23,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
-from services.config import ConfigError, RewardConfig, load_run_config
-from services.contract import ContractError, Float32, PromptPair, RewardRequest
+from services.config import ConfigError, load_run_config
+from services.contract import ContractError
 from services.jobs import DEFAULT_ADDRESS, Jobs, JobsError
+from services.objective import RewardServiceConfig
+from services.rank_words import TrialError
 from services.reward_client import RewardClient, RewardError
+from services.score_files import score_files
+from services.try_words import try_words
 
 _EXIT_INTERRUPTED = 130  # as shells have it
-_DEFAULT_REWARD_URL = RewardConfig.model_fields["url"].default
+_NUM_ATTEMPTS = 2  # somebody is waiting, and is told soon that the service is not there
+_DEFAULT_REWARD_URL = RewardServiceConfig.model_fields["url"].default
 
 
 class UsageError(ValueError):
@@ -42,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _dispatch(args, rest)
-    except (UsageError, ConfigError, ContractError, JobsError, RewardError) as error:
+    except (UsageError, ConfigError, ContractError, JobsError, RewardError, TrialError) as error:
         print(f"srpo {args.command}: {error}", file=sys.stderr)
         return 1
 
@@ -54,6 +60,8 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
             _become("trainer.launch", str(args.run))
         case "submit":
             return submit(args.run, args.address)
+        case "evaluate":
+            return evaluate(args.run, args.models, args.address)
         case "jobs":
             return list_jobs(Jobs(args.address))
         case "stop":
@@ -61,9 +69,10 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
             return 0
         case "sample":
             _become("trainer.sample", *rest)
-        case "score":
-            with RewardClient(args.url, max_attempts=2) as client:
-                return score(args, client)
+        case "score" | "rank-words":
+            verb = score_files if args.command == "score" else try_words
+            with RewardClient(args.url, max_attempts=_NUM_ATTEMPTS) as client:
+                return verb(args, client, args.reward or _only_reward(client))
     raise AssertionError(args.command)
 
 
@@ -71,7 +80,18 @@ def submit(run_file: Path, address: str) -> int:
     """Submit and follow. Ctrl-C ends only the following: the job goes on."""
     load_run_config(run_file)
     jobs = Jobs(address)
-    job_id = jobs.submit(run_file.absolute())
+    return follow(jobs, jobs.submit(run_file.absolute()))
+
+
+def evaluate(run_file: Path, models: Sequence[str], address: str) -> int:
+    """Compare models with the run's base model in a Ray job, and follow it. Ctrl-C ends only the following."""
+    config = load_run_config(run_file)
+    jobs, num_gpus = Jobs(address), int(config.engine.use_gpu)
+    return follow(jobs, jobs.submit(run_file.absolute(), models, "trainer.compare", num_gpus))
+
+
+def follow(jobs: Jobs, job_id: str) -> int:
+    """Print what the job prints, until it ends."""
     print(f"job {job_id} (Ctrl-C leaves it running; `srpo stop {job_id}` ends it)", flush=True)
     try:
         for piece in jobs.follow(job_id):
@@ -89,31 +109,6 @@ def list_jobs(jobs: Jobs) -> int:
     for job in jobs.list():
         print(f"{job.id}  {job.status:9}  {job.run}")
     return 0
-
-
-def score(args: argparse.Namespace, client: RewardClient) -> int:
-    """Print the relative reward of an image: its similarity to the prompt under one control word, less the other."""
-    pair = PromptPair(prompt=args.prompt, positive=args.positive, negative=args.negative)
-    image = _read_image(args.image)
-    name = args.reward or _only_reward(client)
-    response = client.score(RewardRequest(name, image, (pair,), (args.preference_scale,), with_gradient=False))
-    print(f"reward    {response.rewards[0]:+.4f}   {name}, {response.scorer}")
-    print(f"positive  {response.positive_similarities[0]:+.4f}   {pair.positive_text}")
-    print(f"negative  {response.negative_similarities[0]:+.4f}   {pair.negative_text}")
-    return 0
-
-
-def _read_image(path: Path) -> Float32:
-    """(1, 3, height, width) in [0, 1]; transparency is laid on white, as the pictures of the embedded default are."""
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGBA")
-    except UnidentifiedImageError as error:
-        raise UsageError(f"{path} is not an image that can be read: give a PNG, JPEG or WebP file") from error
-    except OSError as error:
-        raise UsageError(f"cannot read image {path}: {error.strerror or error}") from error
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return np.asarray(flat, np.float32).transpose(2, 0, 1)[None] / np.float32(255)
 
 
 def _only_reward(client: RewardClient) -> str:
@@ -134,26 +129,46 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="train in the foreground, on the cluster at RAY_ADDRESS or on one of its own")
     submit = commands.add_parser("submit", help="train as a Ray job and follow it")
+    evaluate = commands.add_parser("evaluate", help="compare models with a run's base model, as a Ray job")
     jobs = commands.add_parser("jobs", help="list the cluster's jobs")
     stop = commands.add_parser("stop", help="stop a job")
-    for command in (run, submit):
+    for command in (run, submit, evaluate):
         command.add_argument("run", type=Path, metavar="RUN.yaml", help="see deploy/runs/")
-    for command in (submit, jobs, stop):
+    evaluate.add_argument("models", nargs="*", metavar="[NAME=]FOLDER", help="a model or checkpoint (the run's model)")
+    for command in (submit, evaluate, jobs, stop):
         command.add_argument("--address", default=DEFAULT_ADDRESS, help="the cluster's dashboard (%(default)s)")
     stop.add_argument("job", metavar="JOB", help="as `srpo jobs` lists it")
     commands.add_parser("sample", add_help=False, help="draw with a model: srpo sample MODEL --prompt TEXT -o FILE")
-    _add_score(commands.add_parser("score", help="the relative reward of one image"))
+    score = commands.add_parser("score", help="the relative reward of pictures")
+    rank_words = commands.add_parser("rank-words", help="which control words would move the reward on given pictures")
+    _add_score(score)
+    _add_rank_words(rank_words)
+    for command in (score, rank_words):
+        command.add_argument("--reward", help="the reward's name at the service; needed if it serves several")
+        command.add_argument("--url", default=_DEFAULT_REWARD_URL, help="the reward service (%(default)s)")
+        command.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     return parser
 
 
 def _add_score(score: argparse.ArgumentParser) -> None:
-    score.add_argument("image", type=Path, metavar="IMAGE")
-    score.add_argument("--prompt", required=True, help="what the image shows, without control words")
+    score.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG or WebP; - reads file names from stdin")
+    score.add_argument("--prompt", required=True, help="what the images show, without control words")
     score.add_argument("--positive", required=True, help="control word that is wanted, such as 3D")
     score.add_argument("--negative", required=True, help="control word that is to be avoided, such as Flat")
     score.add_argument("--preference-scale", type=float, default=0.0, help="k in (1 + k)·positive − negative (0)")
-    score.add_argument("--reward", help="the reward's name at the service; needed if it serves several")
-    score.add_argument("--url", default=_DEFAULT_REWARD_URL, help="the reward service (%(default)s)")
+
+
+def _add_rank_words(rank_words: argparse.ArgumentParser) -> None:
+    rank_words.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="PNG, JPEG or WebP; six at least")
+    rank_words.add_argument("--prompt", help="what all images show, without control words")
+    rank_words.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line: of each image, or to draw")
+    rank_words.add_argument("--model", help="draw the images from --prompts with it: a folder, or a hub id")
+    rank_words.add_argument("--num-images", type=int, default=24, help="how many of the prompts to draw (%(default)s)")
+    rank_words.add_argument("--words", nargs="+", default=[], metavar="WORD", help="candidate control words")
+    rank_words.add_argument("--words-file", type=Path, metavar="FILE", help="more of them, one a line")
+    against = rank_words.add_mutually_exclusive_group()
+    against.add_argument("--negative", help="rank each word against this one, not against meaningless words")
+    against.add_argument("--pairs", action="store_true", help="rank every two words against each other")
 
 
 if __name__ == "__main__":

@@ -6,25 +6,28 @@ Ray Train worker runs in a folder of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Ramp = tuple[float, float]  # value at the first and at the last level, linear between
+from services.objective import (
+    ControlWordsConfig,
+    Frozen,
+    ObjectiveConfig,
+    Positive,
+    RewardConfig,
+    RewardServiceConfig,
+)
 
 
 class ConfigError(ValueError):
     """The run file cannot be used; the text names the file, the key and the offending value."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """A FLUX-type model in diffusers' format: a folder, or a hub id such as black-forest-labs/FLUX.1-dev."""
 
     path: str
@@ -34,46 +37,17 @@ class ModelConfig(_Frozen):
     max_sequence_length: Positive = 512  # T5 tokens per prompt
 
 
-class PromptsConfig(_Frozen):
+class PromptsConfig(Frozen):
     path: Path  # one prompt a line
 
 
-class ControlWordsConfig(_Frozen):
-    positive: Annotated[str, Field(min_length=1)]
-    negative: Annotated[str, Field(min_length=1)]
-
-
-class RolloutConfig(_Frozen):
+class RolloutConfig(Frozen):
     num_steps: Positive = 25
     guidance_scale: float = 1.0
     shift: float | Literal["dynamic"] = 3.0  # "dynamic": FLUX's own, by resolution
 
 
-class ObjectiveConfig(_Frozen):
-    """METHOD.md, published schedule: levels on a piece of the shifted sigma grid, one shared target a step."""
-
-    train_guidance_scale: float = 3.5
-    num_grid_steps: Positive = 50
-    grid_index_range: tuple[int, int] = (5, 25)
-    num_levels: Positive = 1000
-    level_range: tuple[int, int] = (5, 995)  # the training level m is drawn uniformly from it
-    num_delta_levels: Positive = 100  # Δσ in levels, shrunk near both ends
-    preference_scale_denoise: Ramp = (0.1, 0.25)
-    preference_scale_invert: Ramp = (0.3, 0.01)
-    margin: float = 0.7
-    # An image whose plain difference of similarities under the wanted pair (k = 0) has reached this is done: neither
-    # branch pushes it further. Real pictures of the wanted kind say where; beyond them lies reward hacking.
-    satisfied_at: float | None = None  # None: never
-
-
-class RewardConfig(_Frozen):
-    name: str  # one of those that the service lists at /v1/models
-    url: str = "http://127.0.0.1:8000"
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    max_attempts: Positive = 8
-
-
-class OptimizerConfig(_Frozen):
+class OptimizerConfig(Frozen):
     learning_rate: Annotated[float, Field(gt=0)]
     betas: tuple[float, float] = (0.9, 0.999)
     # AdamW's, beside the root mean square of a parameter's gradient. A large one (with max_grad_norm above the norms
@@ -83,7 +57,7 @@ class OptimizerConfig(_Frozen):
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.1
 
 
-class EngineConfig(_Frozen):
+class EngineConfig(Frozen):
     zero_stage: Literal[0, 1, 2, 3] = 2
     num_workers: Positive = 1
     micro_batch: Positive = 1  # prompts per forward and worker
@@ -108,13 +82,13 @@ class EngineConfig(_Frozen):
         return self.global_batch // (self.micro_batch * self.num_workers)
 
 
-class CheckpointConfig(_Frozen):
+class CheckpointConfig(Frozen):
     every_num_steps: Positive = 10
     num_kept: Positive = 2
     max_failures: Annotated[int, Field(ge=0)] = 2  # worker deaths that a run survives
 
 
-class EvaluationConfig(_Frozen):
+class EvaluationConfig(Frozen):
     """Fixed prompts and seeds; judges are for evaluation only and never give a gradient."""
 
     prompts_path: Path  # held out from training
@@ -125,14 +99,89 @@ class EvaluationConfig(_Frozen):
     every_num_steps: Positive = 20  # sample grids during training
     batch: Positive = 32
     judge_path: Path | None = None  # folder with style/, subject/ and reference.safetensors
+    reference_path: Path | None = None  # folder of real pictures; the distance to them is frechet_reference
 
 
-class TrackingConfig(_Frozen):
+class StopRuleConfig(Frozen):
+    """A run ends where `metric` has been beyond the bound at `num_checks` checks on end; exactly one bound is given."""
+
+    metric: str  # as MLflow shows it, such as guard/frechet_Flat
+    rises_by: Annotated[float, Field(gt=0)] | None = None  # above the base model's value, as a share of it
+    falls_by: Annotated[float, Field(gt=0)] | None = None  # below the base model's value, as a share of it
+    above: float | None = None
+    below: float | None = None
+    num_checks: Positive = 1
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> StopRuleConfig:
+        if len(self._bounds) != 1:
+            raise ValueError(f"give one of rises_by, falls_by, above and below, not {len(self._bounds)}")
+        return self
+
+    @property
+    def _bounds(self) -> dict[str, float]:
+        given = {name: getattr(self, name) for name in ("rises_by", "falls_by", "above", "below")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def is_upper(self) -> bool:
+        return self.rises_by is not None or self.above is not None
+
+    @property
+    def is_relative(self) -> bool:
+        return self.rises_by is not None or self.falls_by is not None
+
+    @property
+    def told(self) -> str:
+        """
+        >>> StopRuleConfig(metric="guard/frechet_Flat", rises_by=0.5, num_checks=2).told
+        'rises_by 0.5 for 2 checks'
+        """
+        ((name, value),) = self._bounds.items()
+        return f"{name} {value:g}" + (f" for {self.num_checks} checks" if self.num_checks > 1 else "")
+
+
+class KeepBestConfig(Frozen):
+    metric: str
+    goal: Literal["max", "min"]
+
+
+class GuardConfig(Frozen):
+    """Checks of the policy on its way, on pictures of its own. They are drawn as the evaluation's are.
+
+    With `keep_best` the run gives the weights of its best check, the base model's among them; without it, those of its
+    last step, or where a rule has ended it, of the last check at which no rule was violated.
+    """
+
+    every_num_steps: Positive = 10
+    prompts_path: Path | None = None  # None: some of the training prompts; never the evaluation's
+    num_prompts: Annotated[int, Field(ge=2)] = 64  # drawn by the seed
+    num_images_per_prompt: Positive = 1  # from 2 on, guard/diversity_seeds tells how they differ
+    held_out_reward: str | None = None  # a reward that the service has and the run does not train on
+    stop_when: tuple[StopRuleConfig, ...] = ()
+    keep_best: KeepBestConfig | None = None
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """What rules and `keep_best` name: key in the run file -> metric."""
+        named = {f"guard.stop_when.{index}.metric": rule.metric for index, rule in enumerate(self.stop_when)}
+        return named | ({"guard.keep_best.metric": self.keep_best.metric} if self.keep_best else {})
+
+
+class ComparisonConfig(Frozen):
+    """`srpo evaluate`: evaluation's prompts and sampling, with more pictures and intervals from a bootstrap."""
+
+    num_images_per_prompt: Positive = 2
+    num_draws: Positive = 1000  # of the prompts, with replacement
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+
+
+class TrackingConfig(Frozen):
     uri: str = "http://127.0.0.1:5000"
     experiment: str = "srpo"
 
 
-class RunConfig(_Frozen):
+class RunConfig(Frozen):
     name: str
     seed: int = 0
     num_steps: Positive
@@ -142,12 +191,28 @@ class RunConfig(_Frozen):
     control_words: ControlWordsConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    reward: RewardConfig
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    reward_service: RewardServiceConfig = RewardServiceConfig()
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig
+    guard: GuardConfig | None = None
+    comparison: ComparisonConfig = ComparisonConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _rewards_fit_together(self) -> RunConfig:
+        names = [reward.name for reward in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: each name may come once, not {names}")
+        for index, reward in enumerate(self.rewards):
+            if reward.satisfied_at is not None and self.objective.kind in ("direct_align", "sgp"):
+                raise ValueError(
+                    f"rewards.{index}.satisfied_at {reward.satisfied_at} needs a difference of two similarities: "
+                    f"objective.kind srp or srp_guided, not {self.objective.kind}"
+                )
+        return self
 
 
 def load_run_config(path: Path) -> RunConfig:
@@ -161,8 +226,10 @@ def load_run_config(path: Path) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [
-            f"{path}: {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']} (got {item['input']!r})"
-            for item in error.errors()
-        ]
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError("\n".join(f"{path}: {_line(item)}" for item in error.errors())) from error
+
+
+def _line(item: Mapping[str, Any]) -> str:
+    place = ".".join(map(str, item["loc"])) or "file"
+    got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"  # a section's message has the numbers
+    return f"{place}: {item['msg']}{got}"

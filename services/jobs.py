@@ -14,7 +14,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -49,15 +49,23 @@ class Jobs:
         self.address = address
         self._client: JobSubmissionClient = self._ask(lambda: JobSubmissionClient(address, headers=request_headers()))
 
-    def submit(self, run_file: Path) -> str:
-        """Start the run as a Ray job and return its id.
+    def submit(
+        self, run_file: Path, arguments: Sequence[str] = (), program: str = "trainer.launch", num_gpus: int = 0
+    ) -> str:
+        """Start `python -m program run_file arguments…` as a Ray job and return its id.
 
+        `num_gpus` are for the program itself; trainings ask for their workers' on their own.
         The job runs in the caller's folder under the caller's Python, so this is for clusters that share the disk;
         others take `ray job submit --working-dir . -- python -m trainer.launch RUN.yaml`.
         """
-        folder, run = shlex.quote(str(Path.cwd())), shlex.quote(str(run_file))
-        entrypoint = f"cd {folder} && exec {shlex.quote(sys.executable)} -m trainer.launch {run}"
-        return self._ask(lambda: self._client.submit_job(entrypoint=entrypoint, metadata={"run": str(run_file)}))
+        command = shlex.join([sys.executable, "-m", program, str(run_file), *arguments])
+        entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {command}"
+        metadata = {"run": str(run_file)}
+        return self._ask(
+            lambda: self._client.submit_job(
+                entrypoint=entrypoint, metadata=metadata, entrypoint_num_gpus=num_gpus or None
+            )
+        )
 
     def list(self) -> list[Job]:
         """Every job that the cluster remembers and that was submitted, oldest first."""

@@ -1,105 +1,86 @@
-"""The only caller of the reward API: time-outs, bounded retries, errors that name the cure.
+"""The only caller of the reward API, sync and async: keeps connections, bounds waits, names what went wrong.
 
-with RewardClient("http://127.0.0.1:8000") as client:
-    client.wait_until_ready(timeout_s=60)
-    response = client.score(request)
+    with RewardClient("http://127.0.0.1:8000") as client:
+        client.wait_until_ready(timeout_s=60)
+        response = client.score(request)
 
-RewardError
-  RewardUnreachable   nobody answers at the address
-  RewardUnavailable   somebody answers, but with 5xx or nonsense, to the last attempt
-  RewardRejected      the request itself is wrong (4xx); trying again cannot help
+    async with AsyncRewardClient("http://127.0.0.1:8000") as client:
+        responses = await asyncio.gather(*map(client.score, requests))
+
+Here is only what does I/O: what is sent, tried again or raised is in reward_exchange.py, and so are the keyword
+arguments' meanings (RewardApi) and the tree of errors. The API key is that of the environment variable SRPO_API_KEY
+unless given.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypedDict, Unpack
 
 import httpx
 
-from services.contract import (
-    MEDIA_TYPE,
-    MODELS_PATH,
-    READY_PATH,
-    REWARDS_PATH,
-    ContractError,
-    RewardRequest,
-    RewardResponse,
+from services.contract import RewardRequest, RewardResponse
+from services.reward_exchange import (
+    Answer,
+    Call,
+    Exchange,
+    NoAnswer,
+    Result,
+    RewardApi,
+    RewardBusy,
+    RewardError,
+    RewardRejected,
+    RewardUnauthorized,
+    RewardUnavailable,
+    RewardUnreachable,
 )
 
-# Scoring changes nothing on the server, so every one of these may be tried again. Serve answers 500 to requests in
-# flight when a replica dies, and 503 when its queue is full or no replica is up.
-_RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
-_MAX_WAIT_S = 10.0
+__all__ = [
+    "AsyncRewardClient",
+    "RewardBusy",
+    "RewardClient",
+    "RewardError",
+    "RewardRejected",
+    "RewardUnauthorized",
+    "RewardUnavailable",
+    "RewardUnreachable",
+]
+
+API_KEY_VARIABLE = "SRPO_API_KEY"
+_MAX_CONNECTIONS = 64  # callers beyond these wait for a connection
 
 
-class RewardError(RuntimeError):
-    """The reward service did not answer the request; the text names its address and the cause."""
+class Patience(TypedDict, total=False):
+    """The optional fields of RewardApi, which has their meanings and defaults."""
 
-
-class RewardUnreachable(RewardError):
-    """No connection, or no answer in time."""
-
-
-class RewardUnavailable(RewardError):
-    """The service failed to the last attempt, or something else listens at its address."""
-
-
-class RewardRejected(RewardError):
-    """The service refused the request; its own words are in the text."""
+    timeout_s: float
+    max_attempts: int
+    backoff_s: float
+    patience_s: float
 
 
 class RewardClient:
-    """A connection to one reward service. Close it, or use it in a `with` block.
+    """Connections to one reward service, for any number of threads. Close it, or use it in a `with` block."""
 
-    timeout_s bounds each attempt; the waits between attempts double from backoff_s to 10 s. The defaults ride out the
-    10-40 s that a killed replica takes to come back.
-    """
-
-    def __init__(self, url: str, timeout_s: float = 60.0, max_attempts: int = 8, backoff_s: float = 0.5) -> None:
-        if max_attempts < 1:
-            raise ValueError(f"max_attempts must be at least 1, not {max_attempts}")
+    def __init__(self, url: str, *, api_key: str | None = None, **patience: Unpack[Patience]) -> None:
         self.url = url.rstrip("/")
-        self._max_attempts = max_attempts
-        self._backoff_s = backoff_s
-        self._http = httpx.Client(base_url=self.url, timeout=timeout_s)
+        self._api = RewardApi(self.url, **patience)
+        self._http = httpx.Client(**_http_options(self.url, api_key))
 
     def score(self, request: RewardRequest) -> RewardResponse:
         """Rewards and, if asked for, image gradients, in the order of the request's images. Raises RewardError."""
-        answer = self._send("POST", REWARDS_PATH, request.to_bytes())
-        try:
-            response = RewardResponse.from_bytes(answer.content)
-            _check_answers(request, response)
-        except ContractError as error:
-            raise RewardUnavailable(f"{self.url} does not speak this version of the reward API: {error}") from error
-        return response
+        return self._run(self._api.score(request))
 
     def models(self) -> dict[str, str]:
         """The rewards that may be asked for: name -> checksum of the weights. Raises RewardError."""
-        answer = self._send("GET", MODELS_PATH)
-        try:
-            return {model["name"]: model["checksum"] for model in answer.json()["models"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise RewardUnavailable(f"{self.url}{MODELS_PATH} is not the reward API's: {error!r}") from error
+        return self._run(self._api.models())
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Return once the service has its weights loaded; raise RewardUnreachable after timeout_s."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                left_s = max(deadline - time.monotonic(), 0.1)
-                state = f"HTTP {(code := self._http.get(READY_PATH, timeout=left_s).status_code)}"
-                if code == httpx.codes.OK:
-                    return
-            except httpx.TransportError as error:
-                state = _describe(error)
-            if time.monotonic() >= deadline:
-                raise RewardUnreachable(
-                    f"no reward service is ready at {self.url} after {timeout_s:g} s ({state}): "
-                    "start one with `make up`, or correct reward.url"
-                )
-            time.sleep(min(self._backoff_s, max(deadline - time.monotonic(), 0)))
+        self._run(self._api.ready(timeout_s))
 
     def close(self) -> None:
         self._http.close()
@@ -112,48 +93,98 @@ class RewardClient:
     ) -> None:
         self.close()
 
-    def _send(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
-        """An answer below 400. Every attempt but the last may fail for a reason that passes."""
-        for attempt in range(1, self._max_attempts):
+    def _run(self, exchange: Exchange[Result]) -> Result:
+        call = next(exchange)
+        while True:
+            time.sleep(call.after_s)
             try:
-                return self._attempt(method, path, body)
-            except (RewardUnreachable, RewardUnavailable):
-                time.sleep(min(self._backoff_s * 2 ** (attempt - 1), _MAX_WAIT_S))
-        return self._attempt(method, path, body)
-
-    def _attempt(self, method: str, path: str, body: bytes | None) -> httpx.Response:
-        headers = {"content-type": MEDIA_TYPE} if body is not None else {}
-        try:
-            answer = self._http.request(method, path, content=body, headers=headers)
-        except httpx.TransportError as error:
-            raise RewardUnreachable(
-                f"reward service at {self.url} does not answer ({_describe(error)}): "
-                "start one with `make up`, or correct reward.url"
-            ) from error
-        if answer.is_success:
-            return answer
-        failure = RewardUnavailable if answer.status_code in _RETRIED_STATUS else RewardRejected
-        raise failure(f"{method} {self.url}{path} answered {answer.status_code}: {_error_text(answer)}")
+                outcome = _answer(self._http.request(**_arguments(call)))
+            except httpx.RequestError as error:
+                outcome = _no_answer(error)
+            try:
+                call = exchange.send(outcome)
+            except StopIteration as end:
+                return end.value
 
 
-def _check_answers(request: RewardRequest, response: RewardResponse) -> None:
-    """A shape that is not the request's would broadcast silently in the trainer."""
-    if response.rewards.shape != (len(request.pairs),):
-        raise ContractError(f"rewards are {response.rewards.shape} for {len(request.pairs)} images")
-    if request.with_gradient and (
-        response.image_gradient is None or response.image_gradient.shape != request.images.shape
-    ):
-        raise ContractError(f"no image_gradient of the images' shape {request.images.shape}")
+class AsyncRewardClient:
+    """RewardClient for asyncio: any number of requests at once on one event loop."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, **patience: Unpack[Patience]) -> None:
+        self.url = url.rstrip("/")
+        self._api = RewardApi(self.url, **patience)
+        self._http = httpx.AsyncClient(**_http_options(self.url, api_key))
+
+    async def score(self, request: RewardRequest) -> RewardResponse:
+        """Rewards and, if asked for, image gradients, in the order of the request's images. Raises RewardError."""
+        return await self._run(self._api.score(request))
+
+    async def models(self) -> dict[str, str]:
+        """The rewards that may be asked for: name -> checksum of the weights. Raises RewardError."""
+        return await self._run(self._api.models())
+
+    async def wait_until_ready(self, timeout_s: float) -> None:
+        """Return once the service has its weights loaded; raise RewardUnreachable after timeout_s."""
+        await self._run(self._api.ready(timeout_s))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, exchange: Exchange[Result]) -> Result:
+        call = next(exchange)
+        while True:
+            await asyncio.sleep(call.after_s)
+            try:
+                outcome = _answer(await self._http.request(**_arguments(call)))
+            except httpx.RequestError as error:
+                outcome = _no_answer(error)
+            try:
+                call = exchange.send(outcome)
+            except StopIteration as end:
+                return end.value
 
 
-def _error_text(answer: httpx.Response) -> str:
-    """The service's own words, or the start of whatever else came."""
+def _http_options(url: str, api_key: str | None) -> dict[str, Any]:
+    """Arguments of both httpx clients. Raises RewardUnreachable, RewardUnauthorized for what cannot be used."""
     try:
-        fields = answer.json()
-        return f"{fields['error']} (request {fields['request_id']})"
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
+        is_address = httpx.URL(url).scheme in ("http", "https")
+    except httpx.InvalidURL:
+        is_address = False
+    if not is_address:
+        raise RewardUnreachable(f"{url!r} is no address of a reward service: give one such as http://127.0.0.1:8000")
+    key = (api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()  # a file's last line break is no part of the key
+    if not (key.isascii() and key.isprintable()):  # the library's own error would show the key
+        raise RewardUnauthorized(f"{API_KEY_VARIABLE} holds characters that no HTTP header can carry")
+    return {
+        "base_url": url,
+        "headers": {"authorization": f"Bearer {key}"} if key else {},
+        "limits": httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS),
+    }
 
 
-def _describe(error: httpx.TransportError) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+def _arguments(call: Call) -> dict[str, Any]:
+    # Waiting for one of our own connections is no failure of the service, and those who hold them are bounded.
+    timeout = httpx.Timeout(call.timeout_s, pool=None)
+    return {
+        "method": call.method,
+        "url": call.path,
+        "content": call.body,
+        "headers": dict(call.headers),
+        "timeout": timeout,
+    }
+
+
+def _answer(answer: httpx.Response) -> Answer | NoAnswer:
+    return Answer(answer.status_code, answer.headers, answer.content)
+
+
+def _no_answer(error: httpx.RequestError) -> Answer | NoAnswer:
+    return NoAnswer(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)

@@ -135,6 +135,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = {str(index): item for index, item in enumerate(value)}  # rewards.0.name
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:

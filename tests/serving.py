@@ -1,15 +1,13 @@
 """The reward app on a real socket without Ray: uvicorn in a thread, on a port that the system chooses.
 
-with serve_app(reward_app(Scorer(rewards))) as url: ...
+with serve_app(reward_app(Worker({"tiny-clip": ClipArgs(kind="clip", path=folder)}, WorkerArgs()))) as url: ...
 """
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -17,22 +15,22 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from reward_server.app import build_app
-from reward_server.scorer import Job, Scorer
-from services.contract import ContractError, RewardRequest, RewardResponse
+from reward_server.combine import score_all
+from reward_server.limits import Limits
+from reward_server.scorer import Job
+from reward_server.worker import Worker
+from services.contract import RewardRequest, RewardResponse
+
+LIMITS = Limits()
 
 
-def reward_app(scorer: Scorer, max_body_bytes: int = 64 << 20) -> FastAPI:
-    """The app of the deployment, around a scorer in a thread of this process; no batches over callers."""
-    torch_thread = ThreadPoolExecutor(1, "torch")
+def reward_app(worker: Worker, limits: Limits = LIMITS, keys: Collection[str] = ()) -> FastAPI:
+    """The app of the deployment, with the rewards of a worker in this process."""
 
     async def score(request: RewardRequest, request_id: str) -> RewardResponse:
-        loop = asyncio.get_running_loop()
-        (answer,) = await loop.run_in_executor(torch_thread, scorer.score, [Job(request, request_id)])
-        if isinstance(answer, ContractError):
-            raise answer
-        return answer
+        return await score_all(request, lambda reward: worker.score(Job(request, reward, request_id)))
 
-    return build_app(score, scorer.versions, max_body_bytes)
+    return build_app(score, worker.infos, limits, keys)
 
 
 @contextmanager

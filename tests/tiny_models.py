@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import open_clip
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from aesthetic_predictor_v2_5 import AestheticPredictorV2_5Head
+from hpsv2 import img_score
+from hpsv2.src.open_clip import factory as hpsv2_factory
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
+
+from reward_server.models import Hpsv2Args
 
 _TINY_CLIP_VOCABULARY = {
     character + end: 2 + index
@@ -37,17 +53,53 @@ def make_tiny_clip(folder: Path, image_size_px: int = 32, max_tokens: int = 48, 
     return folder
 
 
-def make_tiny_hpsv2(folder: Path, image_size_px: int = 28, seed: int = 0) -> tuple[str, Path]:
-    """(architecture, checkpoint): an open_clip config folder and a file as the HPS v2 authors publish theirs."""
-    architecture = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": image_size_px, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture}), encoding="utf-8")
+_TINY_HPSV2 = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 28, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def make_tiny_hpsv2(folder: Path, architecture: str | None = None, seed: int = 0) -> tuple[str, Path]:
+    """(architecture, checkpoint): one that open_clip knows (None: a tiny one) and a file as HPS v2 is published."""
+    if architecture is None:
+        architecture = f"local-dir:{folder}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": _TINY_HPSV2}), encoding="utf-8")
     torch.manual_seed(seed)
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    checkpoint = folder / "HPS_tiny.pt"
-    torch.save({"epoch": 1, "state_dict": model.state_dict()}, checkpoint)
-    return f"local-dir:{folder}", checkpoint
+    state_dict = open_clip.create_model(architecture, load_weights=False).half().state_dict()
+    checkpoint = folder / "HPS_random.pt"
+    torch.save({"epoch": 1, "state_dict": state_dict}, checkpoint)
+    return architecture, checkpoint
+
+
+@contextmanager
+def published_hpsv2(args: Hpsv2Args) -> Iterator[Callable[[Image.Image, str], float]]:
+    """hpsv2.score, the package's own code from picture and prompt to number, on this checkpoint and architecture.
+
+    The package always starts from laion2B weights off the hub; here its model starts at random, as the checkpoint
+    replaces every weight.
+    """
+    if args.architecture.startswith("local-dir:"):
+        hpsv2_factory._MODEL_CONFIGS["tiny"] = _TINY_HPSV2
+    name = "tiny" if args.architecture.startswith("local-dir:") else args.architecture
+    model, _, preprocess = hpsv2_factory.create_model_and_transforms(name, light_augmentation=True, output_dict=True)
+    img_score.model_dict.update(model=model, preprocess_val=preprocess)
+    try:
+        yield lambda picture, prompt: float(img_score.score(picture, prompt, cp=args.path)[0])
+    finally:
+        img_score.model_dict.clear()
+
+
+def make_tiny_aesthetic(folder: Path, image_size_px: int = 28, seed: int = 0) -> tuple[Path, Path]:
+    """(backbone, head): a SigLIP folder and a file as the authors of Aesthetic Predictor v2.5 publish it."""
+    torch.manual_seed(seed)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tower | {"vocab_size": 64, "projection_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    vision = tower | {"image_size": image_size_px, "patch_size": 14}
+    config = SiglipConfig(text_config=text, vision_config=vision)
+    SiglipModel(config).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": image_size_px, "width": image_size_px}).save_pretrained(folder)
+    head = AestheticPredictorV2_5Head(config.vision_config)
+    torch.save(head.state_dict(), folder / "head.pth")
+    return folder, folder / "head.pth"

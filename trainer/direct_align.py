@@ -1,108 +1,99 @@
-"""Rollout in, loss out: inject known noise, one step with gradient, recover, decode, reward (Direct-Align, SRPO).
+"""Injection in, loss out: known noise, one step with gradient, recover, decode, rewards (Direct-Align, SRPO).
 
 Source: Shen et al., arXiv 2509.06942. Only one transformer call carries gradient, whatever the noise level. The
-reward's gradient comes from the reward service as a picture, so that no reward model lives in the trainer.
+rewards' gradients come from the reward service as pictures, so that no reward model lives in the trainer.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from services.config import ObjectiveConfig
-from services.contract import Float32, PromptPair, RewardResponse
-from trainer.flow import Branch, euler_step, interpolate, recover_clean
+from services.objective import ObjectiveConfig, RewardConfig
+from trainer.flow import Branch, euler_step, interpolate, recover_clean, schedule_at
 from trainer.flux import FluxModel
-from trainer.rollout import Rollout
-
-# images (batch, 3, height, width) in [0, 1], a pair and a preference_scale for each -> rewards and image gradients
-Score = Callable[[Float32, tuple[PromptPair, ...], tuple[float, ...]], RewardResponse]
+from trainer.reward_loss import BranchReward, Score
+from trainer.rollout import Injection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BranchOutcome:
-    """What one branch gives: `loss` (0-d, with graph) to run backward on, `rewards` (batch,) to log."""
+    """What one branch gives: `loss` (0-d, with graph) to run backward on, and what to log.
+
+    rewards, preference_scales (num_rewards, batch), in the order of the run's rewards; discount (batch,).
+    """
 
     loss: Tensor
     rewards: Tensor
+    preference_scales: Tensor
+    discount: Tensor
     seconds_reward: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recovery:
+    """The trained step, all shaped as rollout.clean: latents at sigma_start, velocity there, clean latents again."""
+
+    noisy: Tensor
+    velocity: Tensor
+    recovered: Tensor
 
 
 def branch_loss(
     branch: Branch,
-    rollout: Rollout,
+    injection: Injection,
     transformer: nn.Module,
     flux: FluxModel,
     score: Score,
     objective: ObjectiveConfig,
+    rewards: Sequence[RewardConfig],
 ) -> BranchOutcome:
-    """The branch's loss, mean over the batch of relu(margin − reward); the caller averages over branches.
+    """The branch's loss: mean over the batch of λ · Σ weight · relu(margin − reward).
 
-    Run backward on it before the next branch's forward (ZeRO stage 3 drops gradients otherwise).
+    The caller averages over branches. Run backward on it before the next branch's forward (ZeRO stage 3 drops
+    gradients otherwise).
     """
-    recovered = recover_anchor(branch, rollout, transformer, flux, objective.train_guidance_scale)
-    images = flux.decode_image(recovered, rollout.sampling.height_px, rollout.sampling.width_px)
-    pairs = rollout.pairs if branch.name == "denoise" else tuple(pair.swapped() for pair in rollout.pairs)
+    recovered = recover_anchor(branch, injection, transformer, flux, objective).recovered
+    sampling, pairs = injection.rollout.sampling, injection.rollout.pairs
+    images = flux.decode_image(recovered, sampling.height_px, sampling.width_px)
+    scales = [schedule_at(each.preference_scale(branch.name), branch.levels, objective.num_levels) for each in rewards]
     started = time.perf_counter()
-    response = score(images.detach().float().cpu().numpy(), pairs, tuple(branch.preference_scale.tolist()))
+    judged = [
+        BranchReward(reward, objective.kind, branch.name, scale).judge(images, pairs, injection.image_noise, score)
+        for reward, scale in zip(rewards, scales, strict=True)
+    ]
     seconds_reward = time.perf_counter() - started
-    rewards, gradient = _tensors(response, images)
-    is_open = _is_open(branch, response, objective.satisfied_at).to(images.device)
-    return BranchOutcome(hinge_loss(images, rewards, gradient, objective.margin, is_open), rewards, seconds_reward)
+    hinges = [
+        reward.weight * each.hinge(reward.margin, reward.satisfied_at)
+        for reward, each in zip(rewards, judged, strict=True)
+    ]
+    discount = schedule_at(objective.discount, branch.levels, objective.num_levels)
+    # the gradient of an image's loss reaches the velocity times w
+    factor = discount / branch.recovery_weight if objective.recovery_weight == "normalised" else discount
+    loss = (factor.to(images.device) * torch.stack(hinges).sum(dim=0)).mean()
+    values = torch.stack([each.rewards.detach() for each in judged])
+    return BranchOutcome(loss, values, torch.stack(scales), discount, seconds_reward)
 
 
 def recover_anchor(
-    branch: Branch, rollout: Rollout, transformer: nn.Module, flux: FluxModel, guidance_scale: float
-) -> Tensor:
-    """The clean latents after one trained step, shaped as rollout.clean: clean ∓ w·(velocity − (noise − clean))."""
-    branch = branch.to(rollout.clean.device)
-    size = rollout.sampling.height_px, rollout.sampling.width_px
-    noisy = interpolate(rollout.clean, rollout.noise, branch.sigma_start)
+    branch: Branch, injection: Injection, transformer: nn.Module, flux: FluxModel, objective: ObjectiveConfig
+) -> Recovery:
+    """Inject, one step with gradient, recover: recovered = clean ∓ w·(velocity − (noise − clean))."""
+    rollout, noise, branch = injection.rollout, injection.noise, branch.to(injection.noise.device)
+    noisy = interpolate(rollout.clean, noise, branch.sigma_start)
     velocity = flux.predict_velocity(
-        transformer, noisy, branch.sigma_start, rollout.conditioning, guidance_scale, *size
+        transformer,
+        noisy,
+        branch.sigma_start,
+        rollout.conditioning,
+        objective.train_guidance_scale,
+        rollout.sampling.height_px,
+        rollout.sampling.width_px,
+        truncate_timestep=objective.truncate_timestep,
     )
     stepped = euler_step(noisy, velocity, branch.sigma_start, branch.sigma_end)
-    return recover_clean(stepped, rollout.noise, branch.sigma_end)
-
-
-def hinge_loss(images: Tensor, rewards: Tensor, image_gradient: Tensor, margin: float, is_open: Tensor) -> Tensor:
-    """Mean of relu(margin − reward) as a 0-d tensor whose gradient flows into `images` through ∂ reward / ∂ image.
-
-    `rewards` (batch,) and `image_gradient` (as images) were computed elsewhere and carry no graph: the surrogate
-    (images · constant) has the hinge's gradient, and subtracting its own value leaves the hinge's value. Images that
-    are not `is_open` (batch,) bool count as zero.
-    """
-    hinge = (torch.relu(margin - rewards) * is_open).mean()
-    is_active = ((rewards < margin) & is_open).to(images.dtype).view(-1, 1, 1, 1)
-    surrogate = -(images * image_gradient * is_active).sum() / len(images)
-    return hinge + surrogate - surrogate.detach()
-
-
-def _is_open(branch: Branch, response: RewardResponse, satisfied_at: float | None) -> Tensor:
-    """Which images (batch,) are still to be pushed: those short of `satisfied_at` toward the run's positive words.
-
-    The invert branch needs this more than a margin: it is rewarded for the words to avoid, so that its hinge only
-    grows as the policy leaves them behind.
-    """
-    difference = torch.tensor(response.positive_similarities - response.negative_similarities)
-    toward_wanted = difference if branch.name == "denoise" else -difference  # the invert branch swaps the words
-    return toward_wanted < (math.inf if satisfied_at is None else satisfied_at)
-
-
-def _tensors(response: RewardResponse, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards and image gradient on the images' device; a gradient that is missing or not finite would train noise."""
-    if response.image_gradient is None:
-        raise ValueError(f"reward {response.scorer} answered without image_gradient: ask with with_gradient=True")
-    rewards = torch.tensor(response.rewards, device=images.device)
-    gradient = torch.tensor(response.image_gradient, device=images.device)
-    if gradient.shape != images.shape or rewards.shape != images.shape[:1]:
-        shapes = f"{tuple(rewards.shape)} and {tuple(gradient.shape)}"
-        raise ValueError(f"reward {response.scorer} answered shapes {shapes} to images {tuple(images.shape)}")
-    if not (torch.isfinite(rewards).all() and torch.isfinite(gradient).all()):
-        raise ValueError(f"reward {response.scorer} answered non-finite numbers (request {response.request_id})")
-    return rewards, gradient
+    return Recovery(noisy, velocity, recover_clean(stepped, noise, branch.sigma_end))

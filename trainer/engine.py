@@ -21,6 +21,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from services.config import EngineConfig, OptimizerConfig
@@ -41,6 +42,15 @@ def init_distributed(use_gpu: bool) -> torch.device:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False)
     return device
+
+
+def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
+    """The policy's weights out of what Engine.save wrote on however many workers, for a single process."""
+    whole = folder / _TAG / "mp_rank_00_model_states.pt"
+    if whole.is_file():  # stages 0 to 2
+        weights: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=False)["module"]
+        return weights
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
 
 
 class Engine:

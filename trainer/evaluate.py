@@ -20,12 +20,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification
 
+from services.config import RunConfig
+from services.contract import PromptPair, RewardRequest, WeightedReward
+from services.reward_client import RewardClient
 from trainer.flux import Conditioning, FluxModel
-from trainer.prompts import evaluation_generator
+from trainer.prompts import evaluation_generator, load_prompts
 from trainer.rollout import Sampling, sample
 
 NUM_NEAREST = 5  # eval/subject_top5
@@ -54,11 +57,30 @@ def gaussian_of(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.double().mean(dim=0), torch.cov(features.double().T)
 
 
-def share_among_nearest(embeddings: Tensor, references: Tensor, right: Tensor, num_nearest: int) -> float:
-    """Share of embeddings (n, e) whose right reference, a row of references (m, e), is among the nearest by cosine."""
+def is_among_nearest(embeddings: Tensor, references: Tensor, right: Tensor, num_nearest: int) -> Tensor:
+    """(n,): 1 where an embedding's (n, e) right row of references (m, e) is among its nearest by cosine, else 0."""
     similarities = F.normalize(embeddings, dim=1) @ F.normalize(references, dim=1).T
     nearest = similarities.topk(min(num_nearest, len(references)), dim=1).indices
-    return float((nearest == right[:, None]).any(dim=1).double().mean())
+    return (nearest == right[:, None]).any(dim=1).double()
+
+
+def similarities(
+    client: RewardClient, config: RunConfig, reward: str, images: Tensor, prompts: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Of images (num_images, 3, height, width) uint8 to their prompts: (num_images,) under positive and negative word.
+
+    The words are the reward's own where the run trains on it and gives it some, else the run's. Their difference is the
+    reward at preference_scale 0; a scale above 0 would reward the subject as well.
+    """
+    words = {each.name: each.control_words for each in config.rewards}.get(reward) or config.control_words
+    asked, batch, positive, negative = (WeightedReward(reward),), config.evaluation.batch, [], []
+    for start in range(0, len(images), batch):
+        pairs = tuple(PromptPair(each, words.positive, words.negative) for each in prompts[start : start + batch])
+        chunk = (images[start : start + batch].float() / 255).numpy()
+        response = client.score(RewardRequest(chunk, pairs, (0.0,) * len(pairs), asked, with_gradient=False))
+        positive.append(torch.tensor(response.positive_similarities[0]))
+        negative.append(torch.tensor(response.negative_similarities[0]))
+    return torch.cat(positive), torch.cat(negative)
 
 
 class Judges:
@@ -77,42 +99,69 @@ class Judges:
             kind.from_pretrained(folder / name, dtype=torch.float32).eval().to(device)
             for name, kind in (("style", AutoModelForImageClassification), ("subject", AutoModel))
         )
-        with safe_open(folder / "reference.safetensors", framework="pt") as file:
-            reference = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
-            subjects = json.loads(file.metadata()["subjects"])
-        return cls(style, subject, reference, subjects)
+        return cls(style, subject, load_file(folder / "reference.safetensors"), cls.subjects(folder))
 
-    @torch.no_grad()
+    @staticmethod
+    def subjects(folder: Path) -> list[str]:
+        """The subjects that the judges in `folder` know, in the order of their embeddings."""
+        with safe_open(folder / "reference.safetensors", framework="pt") as file:
+            subjects: list[str] = json.loads(file.metadata()["subjects"])
+        return subjects
+
+    @staticmethod
+    def metrics(folder: Path) -> set[str]:
+        """The names of what the judges in `folder` tell, from their settings alone."""
+        labels = json.loads((folder / "style" / "config.json").read_text(encoding="utf-8"))["id2label"].values()
+        return {f"{kind}_{name}" for kind in ("style_share", "frechet") for name in labels} | {"subject_top5"}
+
+    @property
+    def references(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and covariance of the features of real pictures of each style, by the name of the distance to them."""
+        return {
+            f"frechet_{name}": (self._reference[f"style.{name}.mean"], self._reference[f"style.{name}.covariance"])
+            for name in self._style.config.id2label.values()
+        }
+
     def numbers(self, images: Tensor, prompts: Sequence[str], batch: int) -> dict[str, float]:
         """What the judges say of images (num_images, 3, height, width) uint8, drawn for these prompts, one each."""
-        seen = [self._look(chunk) for chunk in images.split(batch)]
-        styles, features, embeddings = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        numbers = self._style_numbers(styles, gaussian_of(features))
-        return numbers | {"eval/subject_top5": self._subject_share(embeddings, prompts)}
+        values, features = self.look(images, prompts, batch)
+        gaussian = gaussian_of(features)
+        numbers = {name: float(value.mean()) for name, value in values.items()}
+        numbers |= {name: frechet_distance(*gaussian, *real) for name, real in self.references.items()}
+        return {f"eval/{name}": number for name, number in numbers.items()}
 
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Style index (batch,), style features (batch, d) and subject embeddings (batch, e), on the CPU."""
-        pooled = self._style.base_model(_pixels(images, self._style)).pooler_output
-        styles = self._style.classifier(pooled).argmax(dim=1)
-        embeddings = self._subject(_pixels(images, self._subject)).pooler_output
-        return styles.cpu(), pooled.flatten(1).cpu(), embeddings.flatten(1).cpu()
+    @torch.no_grad()
+    def look(self, images: Tensor, prompts: Sequence[str], batch: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Of each image whether it has a style, or is found as its subject: 0 or 1, (num_images,); and its features.
 
-    def _style_numbers(self, styles: Tensor, gaussian: tuple[Tensor, Tensor]) -> dict[str, float]:
-        numbers = {}
-        for index, name in self._style.config.id2label.items():
-            real = self._reference[f"style.{name}.mean"], self._reference[f"style.{name}.covariance"]
-            numbers[f"eval/style_share_{name}"] = float((styles == index).double().mean())
-            numbers[f"eval/frechet_{name}"] = frechet_distance(*gaussian, *real)
-        return numbers
+        The features (num_images, d) are the style judge's. Raises ValueError for a prompt that is no known subject.
+        """
+        pooled = self._pooled(images, batch)
+        styles = self._style.classifier(pooled).argmax(dim=1).cpu()
+        values = {
+            f"style_share_{name}": (styles == index).double() for index, name in self._style.config.id2label.items()
+        }
+        embeddings = [self._subject(_pixels(chunk, self._subject)).pooler_output for chunk in images.split(batch)]
+        found = self._is_found(torch.cat(embeddings).flatten(1).cpu(), prompts)
+        return values | {"subject_top5": found}, pooled.flatten(1).cpu()
 
-    def _subject_share(self, embeddings: Tensor, prompts: Sequence[str]) -> float:
+    @torch.no_grad()
+    def features(self, images: Tensor, batch: int) -> Tensor:
+        """The style judge's features (num_images, d) of uint8 images."""
+        return self._pooled(images, batch).flatten(1).cpu()
+
+    def _pooled(self, images: Tensor, batch: int) -> Tensor:
+        parts = [self._style.base_model(_pixels(chunk, self._style)).pooler_output for chunk in images.split(batch)]
+        return torch.cat(parts)
+
+    def _is_found(self, embeddings: Tensor, prompts: Sequence[str]) -> Tensor:
         if unknown := sorted(set(prompts) - self._row_of.keys()):
             raise ValueError(f"evaluation.judge_path knows no subject {unknown[0]!r} ({len(unknown)} are unknown)")
         candidates = list(dict.fromkeys(prompts))
         rows = [self._row_of[label] for label in candidates]
         right = torch.tensor([candidates.index(prompt) for prompt in prompts])
         references = self._reference["subject.embeddings"][rows].float()
-        return share_among_nearest(embeddings, references, right, NUM_NEAREST)
+        return is_among_nearest(embeddings, references, right, NUM_NEAREST)
 
 
 def _pixels(images: Tensor, judge: Any) -> Tensor:
@@ -132,6 +181,7 @@ class HeldOut:
     seed: int
     batch: int
     sampling: Sampling
+    generator: Callable[[int, int], torch.Generator] = evaluation_generator  # of (seed, image_index)
 
     def shard(self, num_images: int, rank: int, world_size: int) -> list[int]:
         """The indices that one worker draws of the first `num_images`: every world_size-th, the last one filling up.
@@ -160,6 +210,12 @@ class HeldOut:
         dist.gather(images, parts)
         return torch.stack(parts, dim=1).flatten(0, 1)[:num_images].cpu() if parts else None
 
+    def draw_here(self, policy: nn.Module, flux: FluxModel, encode: Callable[[Sequence[str]], Conditioning]) -> Tensor:
+        """All images, (num_images, 3, height, width) uint8, by this process alone."""
+        indices = range(len(self.prompts))
+        chunks = [indices[start : start + self.batch] for start in range(0, len(indices), self.batch)]
+        return torch.cat([self._draw_chunk(policy, flux, encode, chunk) for chunk in chunks]).cpu()
+
     @torch.no_grad()
     def _draw_chunk(
         self,
@@ -169,9 +225,18 @@ class HeldOut:
         indices: Sequence[int],
     ) -> Tensor:
         size = self.sampling.height_px, self.sampling.width_px
-        noise = flux.draw_noise([evaluation_generator(self.seed, index) for index in indices], *size)
+        noise = flux.draw_noise([self.generator(self.seed, index) for index in indices], *size)
         conditioning = encode([self.prompts[index] for index in indices])
         return to_uint8(flux.decode_image(sample(policy, flux, conditioning, noise, self.sampling), *size))
+
+
+def held_out_images(config: RunConfig, shift: float) -> HeldOut:
+    """The images of an evaluation: every held-out prompt, num_images_per_prompt times."""
+    evaluation, size = config.evaluation, (config.model.height_px, config.model.width_px)
+    labels = load_prompts(evaluation.prompts_path)
+    prompts = tuple(label for label in labels for _ in range(evaluation.num_images_per_prompt))
+    sampling = Sampling(evaluation.num_steps, evaluation.guidance_scale, shift, *size)
+    return HeldOut(prompts, config.seed, evaluation.batch, sampling)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from services.config import ObjectiveConfig, Ramp
+from services.objective import BranchName, ObjectiveConfig, Schedule
 
 
 def sigma_schedule(num_steps: int, shift: float) -> Tensor:
@@ -63,18 +62,19 @@ def _per_sample(sigma: Tensor, latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Branch:
-    """One trained step of SRPO (METHOD.md, "Two branches per anchor"); all tensors (batch,) float32.
+    """One trained step of SRPO (arXiv 2509.06942, figure 2: two branches per anchor); all tensors (batch,).
 
     denoise: sigma goes down, the image is rewarded for the positive words. invert: sigma goes up, the words swap.
+    `levels` is where k and λ are read.
 
-    >>> Branch("denoise", torch.tensor([0.86]), torch.tensor([0.84]), torch.tensor([0.16])).recovery_weight
+    >>> Branch("denoise", torch.tensor([400]), torch.tensor([0.86]), torch.tensor([0.84])).recovery_weight
     tensor([0.1250])
     """
 
-    name: Literal["denoise", "invert"]
+    name: BranchName
+    levels: Tensor
     sigma_start: Tensor
     sigma_end: Tensor
-    preference_scale: Tensor
 
     @property
     def recovery_weight(self) -> Tensor:
@@ -83,51 +83,55 @@ class Branch:
 
     def to(self, device: torch.device) -> Branch:
         """The same branch on another device."""
-        return Branch(
-            self.name, self.sigma_start.to(device), self.sigma_end.to(device), self.preference_scale.to(device)
-        )
+        return Branch(self.name, self.levels.to(device), self.sigma_start.to(device), self.sigma_end.to(device))
 
 
-def branches(levels: Tensor, objective: ObjectiveConfig, shift: float) -> tuple[Branch, Branch]:
-    """The denoise and the invert branch of training levels m, (batch,) integers in [1, num_levels − 1].
+def branches(levels: Tensor, objective: ObjectiveConfig, shift: float) -> tuple[Branch, ...]:
+    """The objective's branches at training levels m, (batch,) integers in [1, num_levels − 1].
 
     Level n has sigma σ[N − n]: a high level is noisy. Both branches aim at level m: denoise from m + K, invert from
-    m − K, where K is num_delta_levels, shrunk near both ends. Where K reaches m, invert starts at level 1 instead of
-    0 and so aims one level higher, as published. Raises ValueError naming the field of the config.
+    m − K, where K is the number of levels in Δσ, shrunk near both ends. Where K reaches m, invert starts at level 1
+    instead of 0 and so aims one level higher, as published. Raises ValueError naming the field of the config.
     """
     size = objective.num_levels
     if bool(((levels < 1) | (levels >= size)).any()):
         raise ValueError(f"levels must lie in [1, {size - 1}], not {levels.tolist()}; change objective.level_range")
-    sigmas = _level_sigmas(objective, shift)
-    delta = torch.minimum(levels, size - levels).clamp(max=objective.num_delta_levels)
+    sigmas = level_sigmas(objective, shift)
+    delta = torch.minimum(levels, size - levels).clamp(max=num_delta_levels(objective, sigmas))
     lower = (levels - delta).clamp(min=1)
-    denoise = Branch(
-        name="denoise",
-        sigma_start=sigmas[size - (levels + delta)],
-        sigma_end=sigmas[size - levels],
-        preference_scale=_ramp(objective.preference_scale_denoise, levels, size),
-    )
-    invert = Branch(
-        name="invert",
-        sigma_start=sigmas[size - lower],
-        sigma_end=sigmas[size - (lower + delta).clamp(max=size)],
-        preference_scale=_ramp(objective.preference_scale_invert, lower, size),
-    )
-    return denoise, invert
+    both = {
+        "denoise": Branch("denoise", levels, sigmas[size - (levels + delta)], sigmas[size - levels]),
+        "invert": Branch("invert", lower, sigmas[size - lower], sigmas[size - (lower + delta).clamp(max=size)]),
+    }
+    return tuple(both[name] for name in objective.branches)
 
 
-def _level_sigmas(objective: ObjectiveConfig, shift: float) -> Tensor:
-    """σ[0 … N − 1], falling: a piece of the shifted grid, cut into equal parts."""
-    first, last = objective.grid_index_range
-    if not 0 <= first < last <= objective.num_grid_steps:
+def level_sigmas(objective: ObjectiveConfig, shift: float) -> Tensor:
+    """σ[0 … N − 1], falling: objective.sigma_range, or a piece of the shifted grid, cut into equal parts."""
+    if objective.sigma_range is not None:
+        low, high = objective.sigma_range
+    else:
+        grid = sigma_schedule(objective.num_grid_steps, shift)
+        high, low = (grid[index].item() for index in objective.grid_index_range)
+    return torch.linspace(high, low, objective.num_levels, dtype=torch.float64).float()
+
+
+def num_delta_levels(objective: ObjectiveConfig, sigmas: Tensor) -> int:
+    """Δσ as a number of levels, one at least. Raises ValueError where it is larger than the range of `sigmas`."""
+    if objective.delta_sigma is None:
+        return objective.num_delta_levels
+    high, low = sigmas[0].item(), sigmas[-1].item()
+    if objective.delta_sigma > high - low:
         raise ValueError(
-            f"objective.grid_index_range must rise within [0, {objective.num_grid_steps}] (objective.num_grid_steps), "
-            f"not {objective.grid_index_range}"
+            f"objective.delta_sigma {objective.delta_sigma} is larger than the range of sigma, [{low:.4f}, {high:.4f}]"
         )
-    grid = sigma_schedule(objective.num_grid_steps, shift)
-    return torch.linspace(grid[first].item(), grid[last].item(), objective.num_levels, dtype=torch.float64).float()
+    return max(1, round(objective.delta_sigma / (high - low) * (len(sigmas) - 1)))
 
 
-def _ramp(ramp: Ramp, levels: Tensor, num_levels: int) -> Tensor:
-    first, last = ramp
-    return (first + (last - first) * levels.double() / (num_levels - 1)).float()
+def schedule_at(schedule: Schedule, levels: Tensor, num_levels: int) -> Tensor:
+    """The schedule's value at each level: (batch,) float32. cosine: start + (end − start)·(1 − cos πx) / 2."""
+    rise = 0.0 if schedule.end is None else schedule.end - schedule.start
+    if schedule.kind == "cosine":
+        share = (1 - torch.cos(math.pi * levels.double() / (num_levels - 1))) / 2
+        return (schedule.start + rise * share).float()
+    return (schedule.start + rise * levels.double() / (num_levels - 1)).float()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _PATCH = 2  # FLUX packs 2×2 latents into a token; diffusers' pipeline fixes it, no config holds it
 _INDEX = "model_index.json"
+_ENCODE_BATCH = 32
 
 
 class ModelError(ValueError):
@@ -69,14 +70,12 @@ class FluxModel:
     """A FLUX checkpoint around its transformer: VAE and text encoders, frozen, and the arithmetic between them.
 
     `transformer` is the checkpoint's; methods take the one to call as an argument, because training wraps it.
-    `truncates_timestep` rounds 1000·sigma down to an integer, as the published code does: for comparison only.
     """
 
-    def __init__(self, pipeline: FluxPipeline, source: Path | None = None, *, truncates_timestep: bool = False) -> None:
+    def __init__(self, pipeline: FluxPipeline, source: Path | None = None) -> None:
         self.transformer: nn.Module = pipeline.transformer
         self.vae = pipeline.vae
         self.source = source
-        self.truncates_timestep = truncates_timestep
         self.dtype: torch.dtype = pipeline.transformer.dtype
         self.device: torch.device = pipeline.transformer.device
         self._pipeline = pipeline
@@ -162,14 +161,17 @@ class FluxModel:
         guidance_scale: float,
         height_px: int,
         width_px: int,
+        *,
+        truncate_timestep: bool = False,
     ) -> Tensor:
         """The velocity at packed `latents` (batch, tokens, channels), in their dtype; sigma 0-d or (batch,).
 
         guidance_scale is an input of the distilled model, not a second forward; models without one ignore it.
+        truncate_timestep cuts 1000·sigma to an integer, as the published SRPO code does.
         """
         batch, device = len(latents), latents.device
         sigma = sigma.expand(batch)
-        timestep = (sigma * 1000).trunc() / 1000 if self.truncates_timestep else sigma
+        timestep = (sigma * 1000).trunc() / 1000 if truncate_timestep else sigma
         (velocity,) = transformer(
             hidden_states=latents.to(self.dtype),
             timestep=timestep.to(self.dtype),  # the model itself multiplies by 1000
@@ -200,6 +202,14 @@ class FluxModel:
         patches = latents.unflatten(1, (rows, columns)).unflatten(3, (-1, _PATCH, _PATCH))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
+    def load_transformer(self, folder: Path) -> None:
+        """Take the weights of another folder's transformer, of the same architecture. Raises ModelError."""
+        try:
+            other = type(self.transformer).from_pretrained(folder, subfolder="transformer", torch_dtype=self.dtype)  # type: ignore[attr-defined]  # diffusers' ModelMixin
+            self.transformer.load_state_dict(other.state_dict())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"the transformer of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
     def save_pipeline(self, transformer: nn.Module, out_dir: Path) -> None:
         """Write a folder that FluxPipeline.from_pretrained loads: this transformer, all else as in the source.
 
@@ -223,6 +233,18 @@ class FluxModel:
                 f"model.height_px and model.width_px must be multiples of {token_px}, not {height_px} and {width_px}"
             )
         return height_px // token_px, width_px // token_px
+
+
+def encode_ahead(
+    flux: FluxModel, prompts: Sequence[str], max_sequence_length: int
+) -> Callable[[Sequence[str]], Conditioning]:
+    """Encode each prompt once; returns what looks their conditioning up."""
+    unique = list(dict.fromkeys(prompts))
+    chunks = [unique[start : start + _ENCODE_BATCH] for start in range(0, len(unique), _ENCODE_BATCH)]
+    parts = [flux.encode_prompts(chunk, max_sequence_length) for chunk in chunks]
+    table = Conditioning(torch.cat([part.prompt_embeds for part in parts]), torch.cat([part.pooled for part in parts]))
+    row_of = {prompt: row for row, prompt in enumerate(unique)}
+    return lambda wanted: table[[row_of[prompt] for prompt in wanted]]
 
 
 @lru_cache(maxsize=8)

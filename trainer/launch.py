@@ -24,8 +24,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from services.config import ConfigError, RunConfig, load_run_config
 from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
+from trainer.flow import level_sigmas, num_delta_levels
 from trainer.flux import check_model_path
 from trainer.prompts import load_prompts
+from trainer.stop_rules import BEST_STEP
 
 _ROOT = Path(__file__).resolve().parent.parent
 _EXIT_STOPPED = 130
@@ -64,13 +66,22 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     model, evaluation = config.model, config.evaluation
     path = str(Path(model.path).resolve()) if Path(model.path).exists() else model.path
     judges = evaluation.judge_path and evaluation.judge_path.resolve()
-    held_out = {"prompts_path": evaluation.prompts_path.resolve(), "judge_path": judges}
+    reference = evaluation.reference_path and evaluation.reference_path.resolve()
+    held_out = {
+        "prompts_path": evaluation.prompts_path.resolve(),
+        "judge_path": judges,
+        "reference_path": reference,
+    }
+    guard = config.guard
+    if guard is not None and guard.prompts_path is not None:
+        guard = guard.model_copy(update={"prompts_path": guard.prompts_path.resolve()})
     return config.model_copy(
         update={
             "output_dir": config.output_dir.resolve(),
             "model": model.model_copy(update={"path": path}),
             "prompts": config.prompts.model_copy(update={"path": config.prompts.path.resolve()}),
             "evaluation": evaluation.model_copy(update=held_out),
+            "guard": guard,
         }
     )
 
@@ -82,12 +93,24 @@ def validate(config: RunConfig) -> None:
     judges = config.evaluation.judge_path
     if judges is not None and not judges.is_dir():
         raise LaunchError(f"evaluation.judge_path {judges} is not a folder: give one, or null to do without judges")
-    with RewardClient(config.reward.url, timeout_s=config.reward.timeout_s, max_attempts=2) as client:
+    if config.evaluation.reference_path is not None:
+        from trainer.measure import picture_files  # on use: only such a run waits for transformers
+
+        picture_files(config.evaluation.reference_path)
+    if config.rollout.shift != "dynamic":
+        num_delta_levels(config.objective, level_sigmas(config.objective, config.rollout.shift))
+    service = config.reward_service
+    with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=2) as client:
         offered = client.models()
-    if config.reward.name not in offered:
-        raise LaunchError(
-            f"reward.name {config.reward.name!r} is not served at {config.reward.url}; served: {', '.join(offered)}"
-        )
+    for index, reward in enumerate(config.rewards):
+        if reward.name not in offered:
+            raise LaunchError(
+                f"rewards.{index}.name {reward.name!r} is not served at {service.url}; served: {', '.join(offered)}"
+            )
+    if config.guard is not None:
+        from trainer.watch import check_guard  # on use, as above
+
+        check_guard(config, config.guard, offered)
     check_model_path(config.model.path)
     check_cluster(os.environ.get("RAY_ADDRESS", ""))
 
@@ -159,7 +182,7 @@ def make_trainer(config: RunConfig, run_id: str) -> TorchTrainer:
             name=run_id,
             storage_path=str(config.output_dir / config.name / "checkpoints"),
             failure_config=FailureConfig(max_failures=checkpoint.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=checkpoint.num_kept),
+            checkpoint_config=CheckpointConfig(checkpoint.num_kept, BEST_STEP if config.guard else None),
             worker_runtime_env={"env_vars": _worker_environment(config)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

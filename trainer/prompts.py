@@ -1,4 +1,4 @@
-"""Which prompt, level and noise each sample gets: pure functions of (seed, step, sample_index).
+"""Which prompt, levels and noise each sample gets: pure functions of (seed, step, sample_index).
 
 `sample_index` is the position in the global batch, so that one worker or many, a fresh run or a resumed one, all
 see the same samples. Each kind of draw has a stream of its own: no two of them are correlated.
@@ -6,7 +6,9 @@ see the same samples. Each kind of draw has a stream of its own: no two of them 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,9 @@ class _Stream(IntEnum):
     LEVEL = 1
     NOISE = 2
     EVALUATION = 3
+    INJECTION = 4
+    IMAGE = 5
+    GUARD = 6
 
 
 def load_prompts(path: Path) -> tuple[str, ...]:
@@ -56,12 +61,17 @@ def batch_indices(seed: int, step: int, global_batch: int, num_prompts: int) -> 
     return [int(orders[position // num_prompts][position % num_prompts]) for position in positions]
 
 
-def draw_level(seed: int, step: int, sample_index: int, level_range: tuple[int, int]) -> int:
-    """The training level of a sample, uniform in level_range, both ends included."""
+def draw_levels(
+    seed: int, step: int, sample_index: int, level_range: tuple[int, int], num_levels: int
+) -> tuple[int, ...]:
+    """The training levels of a sample's injections: one from each of num_levels equal parts of level_range, rising.
+
+    Uniform in its part, both ends included; num_levels is at most the number of levels in the range.
+    """
     low, high = level_range
-    if low > high:
-        raise ValueError(f"objective.level_range must rise, not {level_range}")
-    return int(_random(seed, _Stream.LEVEL, step, sample_index).integers(low, high, endpoint=True))
+    random, count = _random(seed, _Stream.LEVEL, step, sample_index), high - low + 1
+    starts = [low + count * part // num_levels for part in range(num_levels + 1)]
+    return tuple(int(random.integers(start, end)) for start, end in pairwise(starts))
 
 
 def noise_generator(seed: int, step: int, sample_index: int) -> torch.Generator:
@@ -69,9 +79,32 @@ def noise_generator(seed: int, step: int, sample_index: int) -> torch.Generator:
     return _generator(seed, _Stream.NOISE, step, sample_index)
 
 
+def injection_generator(seed: int, step: int, sample_index: int, injection: int) -> torch.Generator:
+    """The CPU generator of the fresh noise of a sample's injection."""
+    return _generator(seed, _Stream.INJECTION, step, sample_index, injection)
+
+
+def image_generator(seed: int, step: int, sample_index: int, injection: int) -> torch.Generator:
+    """The CPU generator of the noise that a reward without text compares an image with."""
+    return _generator(seed, _Stream.IMAGE, step, sample_index, injection)
+
+
 def evaluation_generator(seed: int, image_index: int) -> torch.Generator:
     """The CPU generator of an evaluation image's start noise: the same in every evaluation, never one of training."""
     return _generator(seed, _Stream.EVALUATION, image_index)
+
+
+def guard_generator(seed: int, image_index: int) -> torch.Generator:
+    """As evaluation_generator, for the images of the guard."""
+    return _generator(seed, _Stream.GUARD, image_index)
+
+
+def draw_guard_prompts(seed: int, prompts: Sequence[str], num_prompts: int) -> tuple[str, ...]:
+    """`num_prompts` of the prompts, none twice; the same at every check. Raises PromptsError where there are fewer."""
+    if num_prompts > len(prompts):
+        raise PromptsError(f"guard.num_prompts {num_prompts} is more than the {len(prompts)} prompts there are")
+    order = _random(seed, _Stream.GUARD).permutation(len(prompts))
+    return tuple(prompts[index] for index in order[:num_prompts])
 
 
 def _sequence(seed: int, stream: _Stream, *place: int) -> np.random.SeedSequence:

@@ -1,4 +1,4 @@
-"""Prompts in, images out: the Euler sampler without gradient, and the Rollout that a training step starts from."""
+"""Prompts in, images out: the Euler sampler without gradient, the Rollout it gives, and what is injected into that."""
 
 from __future__ import annotations
 
@@ -25,21 +25,39 @@ class Sampling:
     shift: float
     height_px: int
     width_px: int
+    truncate_timestep: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
     """The two ends of one trajectory without gradient: Direct-Align's anchor and the noise it came from.
 
-    noise, clean: (batch, tokens, channels) packed float32; one pair and one training level (batch,) an image.
+    noise, clean: (batch, tokens, channels) packed float32; one pair an image.
     """
 
     noise: Tensor
     clean: Tensor
     conditioning: Conditioning
     pairs: tuple[PromptPair, ...]
-    levels: Tensor
     sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Injection:
+    """Known noise to put into a rollout's images: `noise` shaped as rollout.clean, a training level (batch,) for each.
+
+    image_noise (batch, 3, height, width) is for rewards that compare an image with a noised one (RewardConfig.pair).
+    """
+
+    rollout: Rollout
+    noise: Tensor
+    levels: Tensor
+    image_noise: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise.shape != self.rollout.clean.shape or self.levels.shape != (len(self.noise),):
+            shapes = [tuple(tensor.shape) for tensor in (self.noise, self.levels, self.rollout.clean)]
+            raise ValueError(f"noise {shapes[0]} and levels {shapes[1]} do not fit images {shapes[2]}")
 
 
 @torch.no_grad()
@@ -47,10 +65,18 @@ def sample(
     transformer: nn.Module, flux: FluxModel, conditioning: Conditioning, noise: Tensor, sampling: Sampling
 ) -> Tensor:
     """Clean latents, shaped as `noise` (batch, tokens, channels), by Euler steps from sigma 1 to 0."""
-    size = sampling.height_px, sampling.width_px
     latents = noise
     for sigma, sigma_next in pairwise(sigma_schedule(sampling.num_steps, sampling.shift).to(noise.device)):
-        velocity = flux.predict_velocity(transformer, latents, sigma, conditioning, sampling.guidance_scale, *size)
+        velocity = flux.predict_velocity(
+            transformer,
+            latents,
+            sigma,
+            conditioning,
+            sampling.guidance_scale,
+            sampling.height_px,
+            sampling.width_px,
+            truncate_timestep=sampling.truncate_timestep,
+        )
         latents = euler_step(latents, velocity, sigma, sigma_next)
     return latents
 
@@ -61,12 +87,11 @@ def roll_out(
     conditioning: Conditioning,
     noise: Tensor,
     pairs: tuple[PromptPair, ...],
-    levels: Tensor,
     sampling: Sampling,
 ) -> Rollout:
-    """Sample a micro-batch of anchors (METHOD.md, Direct-Align step 1); conditioning is without control words."""
-    if not len(conditioning) == len(noise) == len(pairs) == len(levels):
-        counts = f"{len(conditioning)}, {len(noise)}, {len(pairs)} and {len(levels)}"
-        raise ValueError(f"conditioning, noise, pairs and levels must be one for each image, not {counts}")
+    """Sample a micro-batch of anchors (arXiv 2509.06942, Direct-Align); conditioning is without control words."""
+    if not len(conditioning) == len(noise) == len(pairs):
+        counts = f"{len(conditioning)}, {len(noise)} and {len(pairs)}"
+        raise ValueError(f"conditioning, noise and pairs must be one for each image, not {counts}")
     clean = sample(transformer, flux, conditioning, noise, sampling)
-    return Rollout(noise, clean, conditioning, pairs, levels, sampling)
+    return Rollout(noise, clean, conditioning, pairs, sampling)

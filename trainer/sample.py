@@ -36,10 +36,14 @@ def draw(args: argparse.Namespace) -> None:
     flux = FluxModel.load(args.model, getattr(torch, args.dtype), device)
     size = args.height_px or flux.vae.config.sample_size, args.width_px or flux.vae.config.sample_size
     sampling = Sampling(args.num_steps, args.guidance_scale, flux.resolve_shift(args.shift, *size), *size)
-    conditioning = flux.encode_prompts(args.prompt, args.max_sequence_length or flux.max_sequence_length)
-    noise = flux.draw_noise([evaluation_generator(args.seed, i) for i in range(len(args.prompt))], *size)
-    with torch.no_grad():
-        images = flux.decode_image(sample(flux.transformer, flux, conditioning, noise, sampling), *size)
+    max_length = args.max_sequence_length or flux.max_sequence_length
+    images: list[torch.Tensor] = []
+    for start in range(0, len(args.prompt), args.batch):
+        prompts = args.prompt[start : start + args.batch]
+        noise = flux.draw_noise([evaluation_generator(args.seed, start + i) for i in range(len(prompts))], *size)
+        with torch.no_grad():
+            clean = sample(flux.transformer, flux, flux.encode_prompts(prompts, max_length), noise, sampling)
+            images += flux.decode_image(clean, *size).cpu()
     save_image(images, args.out, nrow=len(images), padding=0)
 
 
@@ -53,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", action="append", required=True, help="repeat it for several pictures side by side")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG or JPEG to write")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=4, help="pictures drawn at once (%(default)s)")
     parser.add_argument("--num-steps", type=int, default=50, help="Euler steps (%(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=3.5, help="(%(default)s)")
     parser.add_argument("--shift", type=_shift, default=3.0, help='of the sigma schedule, or "dynamic" (%(default)s)')

@@ -7,23 +7,38 @@ from collections.abc import Iterator
 import pytest
 from starlette.types import ASGIApp
 
+from reward_server.limits import Limits
 from reward_server.models import ClipArgs
-from reward_server.scorer import Scorer
+from reward_server.worker import Worker, WorkerArgs
 from tests.serving import reward_app, serve_app
 from tests.tiny_models import make_tiny_clip
 
-MAX_BODY_BYTES = 1 << 20
+# Small enough that a test reaches each of them; nobody here is slow or many.
+LIMITS = Limits(
+    max_body_bytes=1 << 20,
+    max_images=8,
+    max_pixels_per_image=20_000,
+    max_pixels_per_request=30_000,
+    max_text_chars=1000,
+    requests_per_s=1e6,
+    request_burst=1_000_000,
+    max_stored_answer_bytes=1 << 18,
+)
 
 
 @pytest.fixture(scope="session")
-def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
-    folder = make_tiny_clip(tmp_path_factory.mktemp("clip"))
-    return Scorer({"tiny-clip": ClipArgs(kind="clip", path=str(folder))})
+def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipArgs:
+    return ClipArgs(kind="clip", path=str(make_tiny_clip(tmp_path_factory.mktemp("clip"))))
 
 
 @pytest.fixture(scope="session")
-def app(scorer: Scorer) -> ASGIApp:
-    return reward_app(scorer, MAX_BODY_BYTES)
+def worker(clip: ClipArgs) -> Worker:
+    return Worker({"tiny-clip": clip}, WorkerArgs())
+
+
+@pytest.fixture(scope="session")
+def app(worker: Worker) -> ASGIApp:
+    return reward_app(worker, LIMITS)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-LIGHT = ["services.contract", "services.config", "services.reward_client", "services.tracking"]
+LIGHT = [
+    "services.config",
+    "services.contract",
+    "services.objective",
+    "services.reward_client",
+    "services.score_files",
+    "services.tracking",
+    "services.try_words",
+]
 GIANTS = {"torch", "ray", "diffusers", "transformers", "open_clip"}
 
 

@@ -1,32 +1,41 @@
-"""The real client against the real app: the same numbers as in-process, and every mistake has its clear answer."""
+"""The binary route: the same numbers as in-process, and every mistake or excess has its clear answer."""
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import torch
-from starlette.responses import HTMLResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reward_server.app import build_app
-from reward_server.scorer import Job, Scorer
-from reward_server.srp import relative_reward
-from services.contract import REWARDS_PATH, PromptPair, RewardRequest, RewardResponse
-from services.reward_client import RewardClient, RewardRejected, RewardUnavailable, RewardUnreachable
-from tests.contract.conftest import MAX_BODY_BYTES
-from tests.serving import serve_app
+from reward_server.limits import Limits
+from reward_server.models import ClipArgs, TwoTower, load_reward
+from reward_server.srp import relative_reward, similarity
+from reward_server.worker import Worker
+from services.contract import (
+    GRADIENT_DTYPES,
+    IDEMPOTENCY_KEY_HEADER,
+    MEDIA_TYPE,
+    REWARDS_PATH,
+    Images,
+    PromptPair,
+    RewardRequest,
+    RewardResponse,
+    WeightedReward,
+)
+from services.reward_client import RewardClient, RewardRejected, RewardUnavailable
+from tests.contract.conftest import LIMITS
+from tests.serving import reward_app, serve_app
 
 REQUEST = RewardRequest(
-    reward="tiny-clip",
     images=np.random.default_rng(0).random((2, 3, 40, 30), dtype=np.float32),
     pairs=(PromptPair("cat", "3D", "Flat"), PromptPair("dog", "Photo", "Oil")),
     preference_scales=(0.0, 0.3),
+    rewards=(WeightedReward("tiny-clip"),),
 )
 
 
@@ -37,21 +46,26 @@ def client(reward_url: str) -> Iterator[RewardClient]:
         yield client
 
 
-def test_remote_rewards_and_gradient_equal_in_process_autograd(client: RewardClient, scorer: Scorer) -> None:
-    served = scorer._rewards["tiny-clip"]
-    images = torch.from_numpy(REQUEST.images).requires_grad_()
-    local = relative_reward(
-        served.model.embed_image(images),
-        served.embed_texts([pair.positive_text for pair in REQUEST.pairs]),
-        served.embed_texts([pair.negative_text for pair in REQUEST.pairs]),
-        torch.tensor(REQUEST.preference_scales),
+def stacked(images: Images | None) -> Any:
+    assert images is not None
+    return np.stack(tuple(images))
+
+
+def test_remote_rewards_and_gradient_equal_in_process_autograd(client: RewardClient, clip: ClipArgs) -> None:
+    model = load_reward(clip)
+    assert isinstance(model, TwoTower)
+    images = torch.from_numpy(stacked(REQUEST.images)).requires_grad_()
+    embeds = model.embed_image(images)
+    positive, negative = (
+        similarity(embeds, model.embed_text(texts))
+        for texts in ([pair.positive_text for pair in REQUEST.pairs], [pair.negative_text for pair in REQUEST.pairs])
     )
+    local = relative_reward(positive, negative, torch.tensor(REQUEST.preference_scales))
     loss = torch.relu(0.7 - local.rewards).mean()  # a trainer's loss
     (local_gradient,) = torch.autograd.grad(loss, images)
 
     response = client.score(REQUEST)
-    assert response.image_gradient is not None
-    remote_gradient = -response.image_gradient / len(REQUEST.pairs)
+    remote_gradient = -stacked(response.image_gradient) / len(REQUEST.pairs)
     np.testing.assert_allclose(response.rewards, local.rewards.detach(), atol=1e-6)
     np.testing.assert_allclose(remote_gradient, local_gradient, atol=1e-7)
 
@@ -66,34 +80,103 @@ def test_no_gradient_is_sent_unless_asked_for(client: RewardClient) -> None:
     assert client.score(replace(REQUEST, with_gradient=False)).image_gradient is None
 
 
-def test_models_are_listed_with_the_checksum_of_their_weights(client: RewardClient, scorer: Scorer) -> None:
-    assert client.models() == scorer.versions
-    assert client.score(REQUEST).scorer == f"tiny-clip@{scorer.versions['tiny-clip']}"
+def test_bytes_are_worth_what_their_floats_are(client: RewardClient) -> None:
+    in_bytes = np.random.default_rng(1).integers(0, 256, (2, 3, 40, 30), np.uint8)
+    in_floats = in_bytes.astype(np.float32) / np.float32(255)
+    there, back = (client.score(replace(REQUEST, images=images)) for images in (in_bytes, in_floats))
+    np.testing.assert_allclose(there.rewards, back.rewards, atol=1e-6)
+    np.testing.assert_allclose(stacked(there.image_gradient), stacked(back.image_gradient), atol=1e-6)
 
 
-def test_an_unknown_reward_lists_the_known_ones(client: RewardClient) -> None:
-    with pytest.raises(RewardRejected, match="'beauty' is not served here; served: tiny-clip"):
-        client.score(replace(REQUEST, reward="beauty"))
+def test_half_precision_images_are_close_to_their_floats(client: RewardClient) -> None:
+    half = replace(REQUEST, images=stacked(REQUEST.images).astype(np.float16))
+    np.testing.assert_allclose(client.score(half).rewards, client.score(REQUEST).rewards, atol=1e-3)
 
 
-def test_a_text_that_is_too_long_is_named(client: RewardClient) -> None:
-    wordy = PromptPair("word " * 50, "3D", "Flat")
-    with pytest.raises(RewardRejected, match=r"422.*word word"):
-        client.score(replace(REQUEST, pairs=(REQUEST.pairs[0], wordy)))
+def test_mixed_sizes_get_what_each_image_gets_alone(client: RewardClient) -> None:
+    random = np.random.default_rng(2)
+    images = tuple(random.random((3, height, width), dtype=np.float32) for height, width in [(40, 30), (17, 64)])
+    together = client.score(replace(REQUEST, images=images))
+    assert isinstance(together.image_gradient, tuple)
+    for index, image in enumerate(images):
+        alone = client.score(
+            RewardRequest(
+                image[None], REQUEST.pairs[index : index + 1], (REQUEST.preference_scales[index],), REQUEST.rewards
+            )
+        )
+        np.testing.assert_allclose(together.rewards[index], alone.rewards[0], atol=1e-6)
+        np.testing.assert_allclose(together.image_gradient[index], stacked(alone.image_gradient)[0], atol=1e-6)
 
 
-def test_a_body_over_the_limit_is_refused_with_413(client: RewardClient) -> None:
-    images = np.zeros((2, 3, 300, 300), np.float32)
-    assert images.nbytes > MAX_BODY_BYTES
-    with pytest.raises(RewardRejected, match=f"413.*larger than {MAX_BODY_BYTES} bytes"):
-        client.score(replace(REQUEST, images=images))
+def test_the_gradient_comes_in_the_dtype_asked_for(client: RewardClient) -> None:
+    full, half = (
+        stacked(client.score(replace(REQUEST, gradient_dtype=name)).image_gradient) for name in GRADIENT_DTYPES
+    )
+    assert (full.dtype, half.dtype) == (np.float32, np.float16)
+    np.testing.assert_allclose(half, full, rtol=1e-3, atol=6e-8)
+
+
+def test_a_weight_multiplies_reward_and_gradient_but_not_similarities(client: RewardClient) -> None:
+    one, three = client.score(REQUEST), client.score(replace(REQUEST, rewards=(WeightedReward("tiny-clip", 3.0),)))
+    np.testing.assert_allclose(three.rewards, 3 * one.rewards, atol=1e-6)
+    np.testing.assert_allclose(stacked(three.image_gradient), 3 * stacked(one.image_gradient), atol=1e-6)
+    np.testing.assert_allclose(three.positive_similarities, one.positive_similarities, atol=1e-6)
+
+
+def test_models_are_listed_with_the_checksum_of_their_weights(
+    client: RewardClient, worker: Worker, reward_url: str
+) -> None:
+    (described,) = httpx.get(f"{reward_url}/v1/models").json()["models"]
+    assert described == worker.infos["tiny-clip"].model_dump()
+    assert described["max_text_tokens"] == 48
+    assert client.score(REQUEST).scorers == (f"tiny-clip@{described['checksum']}",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rewards": (WeightedReward("beauty"),)}, r"'beauty' is not served here; served: tiny-clip"),
+        ({"pairs": (REQUEST.pairs[0], PromptPair("word " * 20, "3D", "Flat"))}, r"422.*tokens.*word word"),
+        ({"pairs": (REQUEST.pairs[0], PromptPair("x" * 1001, "3D", "Flat"))}, r"pairs\[1\].prompt has 1001 char.*1000"),
+        ({"images": np.zeros((2, 3, 101, 200), np.uint8)}, r"images\[0\] is 200 x 101; .*20000 pixels"),
+        ({"images": np.zeros((2, 3, 100, 180), np.uint8)}, r"36000 pixels in all images; .*30000"),
+        ({"images": np.zeros((2, 3, 1, 60), np.uint8)}, r"images\[0\] is 60 x 1; .*at most 16 times"),
+        ({"images": np.zeros((2, 3, 300, 300), np.float32)}, rf"413.*larger than {LIMITS.max_body_bytes} bytes"),
+        (
+            {"preference_scales": (0.0, 1e5), "rewards": (WeightedReward("tiny-clip", 3e38),)},
+            r"images\[1\] has no finite",
+        ),
+    ],
+)
+def test_what_is_wrong_or_too_much_is_named_with_its_numbers(
+    client: RewardClient, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(RewardRejected, match=named):
+        client.score(replace(REQUEST, **changes))
+
+
+def test_too_many_images_are_refused(client: RewardClient) -> None:
+    images = np.zeros((9, 3, 8, 8), np.uint8)
+    request = RewardRequest(images, REQUEST.pairs[:1] * 9, (0.0,) * 9, REQUEST.rewards)
+    with pytest.raises(RewardRejected, match=r"422.*9 images; a request may have 8"):
+        client.score(request)
+
+
+def post(url: str, body: bytes, **headers: str) -> httpx.Response:
+    return httpx.post(url + REWARDS_PATH, content=body, headers={"content-type": MEDIA_TYPE} | headers)
 
 
 def test_a_body_that_is_no_message_is_refused_with_its_request_id(reward_url: str) -> None:
-    answer = httpx.post(reward_url + REWARDS_PATH, content=b"nonsense", headers={"x-request-id": "mine-1"})
+    answer = post(reward_url, b"nonsense", **{"x-request-id": "mine-1"})
     assert answer.status_code == 422
     assert answer.json().keys() == {"error", "request_id"}
     assert answer.json()["request_id"] == answer.headers["x-request-id"] == "mine-1"
+
+
+def test_a_body_without_a_length_is_counted_all_the_same(reward_url: str) -> None:
+    pieces = (bytes(1 << 16) for _ in range(2 * LIMITS.max_body_bytes >> 16))
+    answer = httpx.post(reward_url + REWARDS_PATH, content=pieces)
+    assert answer.status_code == 413
 
 
 def test_a_request_id_that_could_forge_log_lines_is_replaced(reward_url: str) -> None:
@@ -103,6 +186,30 @@ def test_a_request_id_that_could_forge_log_lines_is_replaced(reward_url: str) ->
     assert answer.headers["x-request-id"] not in ("", forged)
 
 
+def test_a_retried_request_gets_the_stored_answer(reward_url: str) -> None:
+    body, key = REQUEST.to_bytes(), {IDEMPOTENCY_KEY_HEADER: "retry-1"}
+    first, again = post(reward_url, body, **key), post(reward_url, body, **key)
+    assert (again.status_code, again.content) == (200, first.content)
+    assert again.headers["idempotency-replayed"] == "true"
+    assert again.headers["x-request-id"] != first.headers["x-request-id"]
+    other = post(reward_url, replace(REQUEST, with_gradient=False).to_bytes(), **key)
+    assert other.status_code == 422
+    assert "came before with another request" in other.json()["error"]
+
+
+def test_an_error_is_not_stored(reward_url: str) -> None:
+    key = {IDEMPOTENCY_KEY_HEADER: "retry-2"}
+    assert post(reward_url, b"nonsense", **key).status_code == 422
+    assert post(reward_url, REQUEST.to_bytes(), **key).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", "a" * 256, "two words"])
+def test_an_idempotency_key_that_cannot_be_kept_is_refused(reward_url: str, key: str) -> None:
+    answer = post(reward_url, REQUEST.to_bytes(), **{IDEMPOTENCY_KEY_HEADER: key})
+    assert answer.status_code == 422
+    assert IDEMPOTENCY_KEY_HEADER in answer.json()["error"]
+
+
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", REWARDS_PATH, 405)])
 def test_errors_of_the_framework_have_the_same_form(reward_url: str, method: str, path: str, status: int) -> None:
     answer = httpx.request(method, reward_url + path)
@@ -110,12 +217,12 @@ def test_errors_of_the_framework_have_the_same_form(reward_url: str, method: str
     assert answer.json().keys() == {"error", "request_id"}
 
 
-def test_an_internal_error_tells_the_log_not_the_caller(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_internal_error_tells_the_log_not_the_caller(caplog: pytest.LogCaptureFixture, worker: Worker) -> None:
     async def score(request: RewardRequest, request_id: str) -> RewardResponse:
         raise RuntimeError("secret path")
 
     with (
-        serve_app(build_app(score, {}, MAX_BODY_BYTES)) as url,
+        serve_app(build_app(score, worker.infos, Limits())) as url,
         RewardClient(url, max_attempts=1) as client,
         pytest.raises(RewardUnavailable, match="500: internal error") as caught,
     ):
@@ -124,83 +231,38 @@ def test_an_internal_error_tells_the_log_not_the_caller(caplog: pytest.LogCaptur
     assert "secret path" in caplog.text
 
 
-def test_the_openapi_description_lists_every_route(reward_url: str) -> None:
+def test_a_key_opens_the_api_and_its_description_says_so(worker: Worker) -> None:
+    with serve_app(reward_app(worker, keys=("open-sesame",))) as url:
+        refused = httpx.get(url + "/v1/models", headers={"x-request-id": "mine-2"})
+        assert (refused.status_code, refused.headers["x-request-id"]) == (401, "mine-2")
+        assert refused.json()["request_id"] == "mine-2"
+        assert httpx.get(url + "/v1/models", headers={"authorization": "Bearer open-sesame"}).status_code == 200
+        assert httpx.get(url + "/readyz").status_code == 200
+        described = httpx.get(url + "/openapi.json").json()
+    assert described["paths"]["/v1/rewards"]["post"]["security"] == [{"HTTPBearer": []}]
+
+
+def test_the_openapi_description_lists_every_route_with_an_example(reward_url: str) -> None:
     paths = httpx.get(reward_url + "/openapi.json").json()["paths"]
-    assert set(paths) == {"/v1/rewards", "/v1/models", "/healthz", "/readyz"}
+    assert set(paths) == {"/v1/rewards", "/v1/score", "/v1/rank", "/v1/models", "/healthz", "/readyz"}
+    for path in ("/v1/score", "/v1/rank"):
+        example = paths[path]["post"]["requestBody"]["content"]["application/json"]["example"]
+        answer = httpx.post(reward_url + path, json=example)
+        assert answer.status_code == 200, answer.text
 
 
-class FailsFirst:
-    """An ASGI app that answers its first requests with the given statuses, then as the app it wraps."""
-
-    def __init__(self, app: ASGIApp, statuses: list[int]) -> None:
-        self._app, self._statuses = app, statuses
-        self.num_requests = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.num_requests += scope["type"] == "http"
-        if scope["type"] == "http" and self._statuses:
-            await Response("replica died", status_code=self._statuses.pop(0))(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+PAGE_FILES = ["/", "/docs", "/page.js", "/page.css", "/docs.js", "/swagger-ui-bundle.js", "/swagger-ui.css"]
 
 
-def test_failures_that_pass_are_tried_again(app: ASGIApp, client: RewardClient) -> None:
-    failing = FailsFirst(app, [500, 503])
-    with serve_app(failing) as url, RewardClient(url, max_attempts=3, backoff_s=0.01) as retrying:
-        np.testing.assert_array_equal(retrying.score(REQUEST).rewards, client.score(REQUEST).rewards)
-    assert failing.num_requests == 3
-
-
-def test_attempts_are_bounded(app: ASGIApp) -> None:
-    failing = FailsFirst(app, [503] * 10)
-    with (
-        serve_app(failing) as url,
-        RewardClient(url, max_attempts=3, backoff_s=0.01) as client,
-        pytest.raises(RewardUnavailable, match="503: replica died"),
-    ):
-        client.score(REQUEST)
-    assert failing.num_requests == 3
-
-
-def test_a_rejected_request_is_not_tried_again(app: ASGIApp) -> None:
-    failing = FailsFirst(app, [])
-    with serve_app(failing) as url, RewardClient(url, max_attempts=3) as client, pytest.raises(RewardRejected):
-        client.score(replace(REQUEST, reward="beauty"))
-    assert failing.num_requests == 1
-
-
-def test_something_else_at_the_address_is_recognised() -> None:
-    page = HTMLResponse("<html>welcome</html>")
-    with serve_app(page) as url, RewardClient(url, max_attempts=1) as client:
-        with pytest.raises(RewardUnavailable, match="does not speak"):
-            client.score(REQUEST)
-        with pytest.raises(RewardUnavailable, match="not the reward API"):
-            client.models()
-
-
-def test_an_address_where_nobody_listens_is_named_in_bounded_time() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    start = time.monotonic()
-    with RewardClient(url, max_attempts=3, backoff_s=0.01) as client:
-        with pytest.raises(RewardUnreachable, match=rf"{url} does not answer.*make up"):
-            client.score(REQUEST)
-        with pytest.raises(RewardUnreachable, match=r"no reward service is ready.*make up"):
-            client.wait_until_ready(timeout_s=0.2)
-    assert time.monotonic() - start < 10
-
-
-def test_a_service_that_never_answers_is_given_up_in_bounded_time() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with (
-            RewardClient(url, timeout_s=0.2, max_attempts=2, backoff_s=0.01) as client,
-            pytest.raises(RewardUnreachable, match="ReadTimeout"),
-        ):
-            client.score(REQUEST)
-
-
-def test_score_of_the_scorer_is_what_the_service_answers(client: RewardClient, scorer: Scorer) -> None:
-    (local,) = scorer.score([Job(REQUEST, "local")])
-    assert isinstance(local, RewardResponse)
-    np.testing.assert_allclose(client.score(REQUEST).positive_similarities, local.positive_similarities, atol=1e-6)
+@pytest.mark.parametrize("path", PAGE_FILES)
+def test_pages_come_from_here_and_may_load_nothing_from_elsewhere(reward_url: str, path: str) -> None:
+    answer = httpx.get(reward_url + path)
+    assert answer.status_code == 200
+    suffix = path.rpartition(".")[2] if "." in path else "html"
+    assert answer.headers["content-type"].startswith(
+        {"js": "text/javascript", "css": "text/css"}.get(suffix, "text/html")
+    )
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    if suffix == "html":
+        assert "http://" not in answer.text.replace("http://www.w3.org/", "")
+        assert "https://" not in answer.text

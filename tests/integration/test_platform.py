@@ -78,7 +78,7 @@ def write_run(folder: Path, name: str, positive: str, negative: str, **changes: 
         "prompts": {"path": "train.txt"},
         "control_words": {"positive": positive, "negative": negative},
         "rollout": {"num_steps": 2},
-        "reward": {"name": REWARD},
+        "rewards": [{"name": REWARD}],
         "optimizer": {"learning_rate": 1e-3},
         "engine": {"num_workers": 2, "global_batch": 2},
         "evaluation": {"prompts_path": "heldout.txt", "num_steps": 2, "judge_path": "judge"},
@@ -141,6 +141,18 @@ def test_a_failing_job_fails_the_command_and_shows_why(services: LocalServices, 
     assert result.returncode == 1
     assert "FAILED" in result.stdout
     assert any(job.run == str(run) and job.status == "FAILED" for job in Jobs(services.settings.dashboard_url).list())
+
+
+def test_evaluate_compares_in_a_job_of_its_own(services: LocalServices, folder: Path) -> None:
+    settings = services.settings
+    where = {"reward_service": {"url": settings.serve_url}, "tracking": {"uri": settings.mlflow_url}}
+    run = write_run(folder, "judged", "3D", "Flat", comparison={"num_draws": 20}, **where)
+    result = srpo("evaluate", run.name, "again=flux", "--address", settings.dashboard_url, cwd=folder)
+    assert result.returncode == 0, result.stdout
+    numbers = json.loads((folder / "outputs/judged/comparison/numbers.json").read_text(encoding="utf-8"))
+    assert set(numbers) == {"base", "again"}
+    assert numbers["again"][f"reward_{REWARD}"]["difference"]["value"] == 0
+    assert "report.html" in result.stdout
 
 
 def test_a_wrong_token_is_refused_with_the_cure(services: LocalServices, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,112 +1,284 @@
-"""deploy/serve.yaml's application on a real Ray Serve: batches over callers, and one process that answers it all."""
+"""deploy/serve.yaml's application as `make up` runs it: HAProxy, replicas, what they lose (nothing) when they go."""
 
 from __future__ import annotations
 
-import socket
+import json
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
-import ray
+import requests
 import yaml
 from pydantic import ValidationError
-from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
+from deploy.local import LocalServices
+from deploy.settings import Settings, free_port
+from reward_server.combine import combine
 from reward_server.deployment import ServiceArgs, build
+from reward_server.metrics import BATCH_IMAGES, IMAGES, REJECTS, TEXT_CACHE_HITS
 from reward_server.models import ClipArgs
 from reward_server.scorer import Job, Scorer
-from services.contract import PromptPair, RewardRequest, RewardResponse
+from services.contract import (
+    MEDIA_TYPE,
+    READY_PATH,
+    REWARDS_PATH,
+    PromptPair,
+    RewardRequest,
+    RewardResponse,
+    WeightedReward,
+)
+from services.jobs import request_headers
 from services.reward_client import RewardClient, RewardRejected
 from tests.tiny_models import make_tiny_clip
 
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
-NUM_CALLERS = 6
-BATCH_WAIT_S = 0.5
+NUM_CALLERS = 8
+MAX_BATCH_IMAGES = 8
+BESIDE, APART = "beside-clip", "apart-clip"
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_clip(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def client(clip_folder: Path) -> Iterator[RewardClient]:
-    """A client of the application of deploy/serve.yaml, with a tiny model and long batches, on a cluster of our own."""
-    (application,) = yaml.safe_load(SERVE_YAML.read_text(encoding="utf-8"))["applications"]
-    args = application["args"] | {
-        "rewards": {"tiny-clip": {"kind": "clip", "path": str(clip_folder)}},
-        "batch_wait_s": BATCH_WAIT_S,
-        "max_batch_images": 8,
-        "max_body_bytes": 1 << 20,
+def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ClipArgs]:
+    folders = {
+        name: make_tiny_clip(tmp_path_factory.mktemp(name), seed=seed) for seed, name in enumerate((BESIDE, APART))
     }
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    folder = tempfile.TemporaryDirectory(prefix="ray-")  # pytest's own are too long for Ray's socket names
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning", _temp_dir=folder.name)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build(args), name=application["name"], route_prefix=application["route_prefix"])
-        with RewardClient(f"http://127.0.0.1:{port}", timeout_s=60) as client:
-            client.wait_until_ready(timeout_s=60)
-            yield client
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        folder.cleanup()
+    return {name: ClipArgs(kind="clip", path=str(folder)) for name, folder in folders.items()}
 
 
-def make_request(seed: int, batch: int, size_px: int = 32) -> RewardRequest:
-    images = np.random.default_rng(seed).random((batch, 3, size_px, size_px), dtype=np.float32)
+@pytest.fixture(scope="module")
+def scorer(rewards: dict[str, ClipArgs]) -> Scorer:
+    return Scorer(rewards)
+
+
+@pytest.fixture(scope="module")
+def services(rewards: dict[str, ClipArgs]) -> Iterator[LocalServices]:
+    """deploy/serve.yaml with two tiny models, one in a deployment of its own, and a queue of a single batch."""
+    config = yaml.safe_load(SERVE_YAML.read_text(encoding="utf-8"))
+    (application,) = config["applications"]
+    placed = {name: args.model_dump() for name, args in rewards.items()}
+    placed[APART]["placement"] = "own"
+    application["args"] |= {
+        "rewards": placed,
+        "max_batch_images": MAX_BATCH_IMAGES,
+        "max_queued_images": MAX_BATCH_IMAGES,
+        "limits": {"max_body_bytes": 16 << 20},
+    }
+    application["deployments"].append(
+        {"name": APART, "autoscaling_config": {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0.1}}
+    )
+    with tempfile.TemporaryDirectory(prefix="serve-") as name:
+        folder = Path(name)
+        path = folder / "serve.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        services = LocalServices(Settings(free_port(), free_port(), free_port(), folder / "run", path))
+        services.up(["ray"])
+        try:
+            yield services
+        finally:
+            services.down()
+
+
+@pytest.fixture(scope="module")
+def client(services: LocalServices) -> Iterator[RewardClient]:
+    with RewardClient(services.settings.serve_url, timeout_s=120, max_attempts=40) as client:
+        yield client
+
+
+def make_request(seed: int, batch: int, size_px: int = 32, rewards: dict[str, float] | None = None) -> RewardRequest:
+    images = np.random.default_rng(seed).integers(0, 256, (batch, 3, size_px, size_px), dtype=np.uint8)
     pairs = tuple(PromptPair(f"subject {seed} {index}", "3D", "Flat") for index in range(batch))
-    return RewardRequest("tiny-clip", images, pairs, (0.1,) * batch)
+    weighted = tuple(WeightedReward(name, weight) for name, weight in (rewards or {BESIDE: 1.0}).items())
+    return RewardRequest(images, pairs, (0.1,) * batch, weighted)
+
+
+def expected(scorer: Scorer, request: RewardRequest) -> RewardResponse:
+    answers = scorer.score([Job(request, reward.name, "local") for reward in request.rewards])
+    return combine(request, [answer for answer in answers if isinstance(answer, RewardResponse)])
+
+
+def assert_right(scorer: Scorer, request: RewardRequest, answer: RewardResponse) -> None:
+    local = expected(scorer, request)
+    assert answer.scorers == local.scorers
+    np.testing.assert_allclose(answer.rewards, local.rewards, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(answer.image_gradient), np.asarray(local.image_gradient), atol=1e-6)
+
+
+def ask_all(client: RewardClient, requests: list[RewardRequest]) -> list[RewardResponse]:
+    with ThreadPoolExecutor(NUM_CALLERS) as callers:
+        return list(callers.map(client.score, requests))
+
+
+def post(url: str, request: RewardRequest) -> httpx.Response:
+    """Without a second attempt."""
+    return httpx.post(url + REWARDS_PATH, content=request.to_bytes(), headers={"content-type": MEDIA_TYPE}, timeout=120)
+
+
+def wait_until(is_so: Callable[[], Any], timeout_s: float = 120.0) -> Any:
+    """What it says once it is true; it waits for the network itself."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := is_so()):
+        assert time.monotonic() < deadline, f"not so after {timeout_s} s"
+    return found
 
 
 @pytest.mark.slow
-def test_callers_at_once_get_what_the_scorer_gives_each_alone(client: RewardClient, clip_folder: Path) -> None:
-    scorer = Scorer({"tiny-clip": ClipArgs(kind="clip", path=str(clip_folder))})
-    requests = [make_request(seed, batch=1 + seed % 3, size_px=32 + 8 * (seed % 2)) for seed in range(2 * NUM_CALLERS)]
-    requests.append(make_request(99, batch=20))  # larger than a batch
-    with ThreadPoolExecutor(NUM_CALLERS) as callers:
-        answers = list(callers.map(client.score, requests))
-    for request, remote in zip(requests, answers, strict=True):
-        (local,) = scorer.score([Job(request, "local")])
-        assert isinstance(local, RewardResponse)
-        assert remote.scorer == local.scorer
-        np.testing.assert_allclose(remote.rewards, local.rewards, atol=1e-6)
-        assert remote.image_gradient is not None
-        assert local.image_gradient is not None
-        np.testing.assert_allclose(remote.image_gradient, local.image_gradient, atol=1e-6)
+def test_callers_at_once_get_what_the_scorer_gives_each_alone(client: RewardClient, scorer: Scorer) -> None:
+    asked = [make_request(seed, batch=1 + seed % 3, size_px=32 + 8 * (seed % 2)) for seed in range(2 * NUM_CALLERS)]
+    asked.append(make_request(99, batch=20))  # larger than a batch, and than the queue
+    asked.append(
+        replace(make_request(7, 2), images=(np.zeros((3, 32, 40), np.uint8), np.ones((3, 48, 32), np.float32)))
+    )
+    for request, answer in zip(asked[:-1], ask_all(client, asked[:-1]), strict=True):
+        assert_right(scorer, request, answer)
+    mixed = client.score(asked[-1])
+    np.testing.assert_allclose(mixed.rewards, expected(scorer, asked[-1]).rewards, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_callers_at_once_share_a_batch(client: RewardClient) -> None:
-    requests = [make_request(seed, batch=1) for seed in range(NUM_CALLERS)]
-    start = time.monotonic()
-    with ThreadPoolExecutor(NUM_CALLERS) as callers:
-        list(callers.map(client.score, requests))
-    assert time.monotonic() - start < NUM_CALLERS * BATCH_WAIT_S  # what batches of one would have waited
+def test_a_reward_with_replicas_of_its_own_is_loaded_on_demand_and_combined(
+    client: RewardClient, scorer: Scorer
+) -> None:
+    def checksums() -> dict[str, Any]:
+        models = httpx.get(client.url + "/v1/models").json()["models"]
+        return {model["name"]: model["checksum"] for model in models}
+
+    assert checksums()[APART] is None  # no replica yet
+    request = make_request(3, batch=2, rewards={APART: 0.5, BESIDE: -2.0})
+    assert_right(scorer, request, client.score(request))
+    assert checksums()[APART] == scorer.rewards[APART].model.checksum
+
+
+@pytest.mark.slow
+def test_overload_is_503_with_retry_after_and_a_client_that_obeys_loses_nothing(
+    client: RewardClient, scorer: Scorer
+) -> None:
+    asked = [make_request(seed, batch=MAX_BATCH_IMAGES, size_px=384) for seed in range(2 * NUM_CALLERS)]
+    with ThreadPoolExecutor(len(asked)) as callers:
+        answers = list(callers.map(lambda request: post(client.url, request), asked))
+    refused = [answer for answer in answers if answer.status_code != httpx.codes.OK]
+    assert refused, "the queue never filled"
+    for answer in refused:
+        assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    for request, response in zip(asked, ask_all(client, asked), strict=True):
+        assert_right(scorer, request, response)
+
+
+@pytest.mark.slow
+def test_callers_share_forwards_as_rays_prometheus_export_tells(services: LocalServices, client: RewardClient) -> None:
+    discovery = Path(services.ray.notes()["temp_dir"]) / "prom_metrics_service_discovery.json"
+
+    def value(metric: str, **labels: str) -> float:
+        """Summed over replicas; exported every ten seconds."""
+        targets = [target for entry in json.loads(discovery.read_text()) for target in entry["targets"]]
+        lines = "".join(requests.get(f"http://{target}/metrics", timeout=10).text for target in targets).splitlines()
+        wanted = [f'{name}="{text}"' for name, text in labels.items()]
+        found = [line for line in lines if line.startswith(f"ray_{metric}{{") and all(each in line for each in wanted)]
+        return sum(float(line.rpartition(" ")[2]) for line in found)
+
+    num_images = 8 * NUM_CALLERS
+    before = value(f"{IMAGES.name}_total", reward=APART)
+    ask_all(client, [make_request(0, batch=1, rewards={APART: 1.0})] * num_images)
+    wait_until(lambda: value(f"{IMAGES.name}_total", reward=APART) >= before + num_images)
+    assert value(f"{BATCH_IMAGES.name}_count", reward=APART) < num_images
+    assert value(f"{TEXT_CACHE_HITS.name}_total", reward=APART) >= 2 * (num_images - 1)
+    assert value(f"{REJECTS.name}_total", reason="service_unavailable") > 0  # of the test before this one
 
 
 @pytest.mark.slow
 def test_errors_come_through_the_proxy_as_the_app_wrote_them(client: RewardClient) -> None:
-    with pytest.raises(RewardRejected, match="served: tiny-clip"):
-        client.score(replace(make_request(0, 1), reward="beauty"))
+    with pytest.raises(RewardRejected, match=f"served: {BESIDE}, {APART}"):
+        client.score(make_request(0, 1, rewards={"beauty": 1.0}))
     with pytest.raises(RewardRejected, match="413"):
-        client.score(make_request(0, batch=2, size_px=300))
+        client.score(make_request(0, batch=8, size_px=1024))
 
 
 @pytest.mark.slow
-def test_the_service_describes_itself(client: RewardClient) -> None:
-    assert list(client.models()) == ["tiny-clip"]
-    assert httpx.get(client.url + "/docs").status_code == 200
-    assert httpx.get(client.url + "/healthz").json() == {"status": "alive"}
+def test_nothing_of_haproxy_listens_beyond_loopback(services: LocalServices) -> None:
+    proxies = [each for each in services.ray.members() if each.name() == "haproxy"]
+    assert proxies
+    for proxy in proxies:
+        listening = [each.laddr.ip for each in proxy.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+        assert listening
+        assert all(ip.startswith("127.") for ip in listening), listening
+
+
+@pytest.mark.slow
+def test_a_replica_that_must_go_answers_what_it_began(
+    services: LocalServices, client: RewardClient, scorer: Scorer
+) -> None:
+    api = f"{services.settings.dashboard_url}/api/serve/applications/"
+    request = make_request(5, batch=2)
+    body = request.to_bytes()
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        yield body[:-1]
+        has_begun.set()
+        assert may_end.wait(timeout=60)
+        yield body[-1:]
+
+    def replicas_leave() -> bool:
+        application = requests.get(api, headers=request_headers(), timeout=30).json()["applications"]["reward"]
+        return any(each["state"] == "STOPPING" for each in application["deployments"]["RewardService"]["replicas"])
+
+    def send() -> httpx.Response:
+        headers = {"content-type": MEDIA_TYPE}
+        return httpx.post(client.url + REWARDS_PATH, content=slowly(), headers=headers, timeout=120)
+
+    with ThreadPoolExecutor(1) as caller:
+        answer = caller.submit(send)
+        try:
+            assert has_begun.wait(timeout=60)
+            config = yaml.safe_load(services.settings.serve_config.read_text(encoding="utf-8"))
+            config["http_options"] |= {"host": "127.0.0.1", "port": services.settings.serve_port}
+            config["applications"][0]["args"]["num_cached_texts"] = 99  # another version
+            requests.put(api, json=config, headers=request_headers(), timeout=60).raise_for_status()
+            wait_until(replicas_leave, timeout_s=60)
+        finally:
+            may_end.set()
+        response = answer.result()
+    assert response.status_code == httpx.codes.OK, response.text
+    assert_right(scorer, request, RewardResponse.from_bytes(response.content))
+    client.wait_until_ready(timeout_s=120)
+
+
+@pytest.mark.slow
+def test_killing_a_replica_under_load_loses_no_answer(
+    services: LocalServices, client: RewardClient, scorer: Scorer
+) -> None:
+    def replicas() -> list[psutil.Process]:
+        return [each for each in services.ray.members() if "RewardService" in " ".join(each.cmdline())]
+
+    asked = [make_request(seed, batch=1 + seed % 4) for seed in range(20 * NUM_CALLERS)]
+    has_answered = threading.Event()
+
+    def ask(request: RewardRequest) -> RewardResponse:
+        answer = client.score(request)
+        has_answered.set()
+        return answer
+
+    (victim,) = wait_until(replicas)
+    with ThreadPoolExecutor(NUM_CALLERS) as callers:
+        answers = callers.map(ask, asked)
+        assert has_answered.wait(timeout=60)
+        victim.send_signal(signal.SIGKILL)
+        for request, answer in zip(asked, answers, strict=True):
+            assert_right(scorer, request, answer)
+    assert victim.pid not in {each.pid for each in replicas()}
+    assert httpx.get(client.url + READY_PATH).status_code == httpx.codes.OK
 
 
 def test_serve_yaml_gives_valid_arguments() -> None:
@@ -114,7 +286,11 @@ def test_serve_yaml_gives_valid_arguments() -> None:
     assert ServeDeploySchema.model_validate(config).http_options.port == 8000
     (application,) = config["applications"]
     assert application["import_path"] == f"{build.__module__}:{build.__name__}"
-    assert "fluent-clip" in ServiceArgs.model_validate(application["args"]).rewards
+    args = ServiceArgs.model_validate(application["args"])
+    assert "fluent-clip" in args.rewards
+    (deployment,) = application["deployments"]
+    assert deployment["max_ongoing_requests"] >= args.max_batch_images
+    assert deployment["graceful_shutdown_timeout_s"] >= config["http_options"]["request_timeout_s"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +299,9 @@ def test_serve_yaml_gives_valid_arguments() -> None:
         ({"rewards": {}}, "rewards"),
         ({"rewards": {"a": {"kind": "beauty", "path": "x"}}}, "beauty"),
         ({"rewards": {"a": {"kind": "clip", "path": "x", "pth": "y"}}}, "pth"),
+        ({"rewards": {"a": {"kind": "clip", "path": "x", "placement": "moon"}}}, "placement"),
         ({"rewards": {"a": {"kind": "clip", "path": "x"}}, "torch_thread": 1}, "torch_thread"),
+        ({"rewards": {"a": {"kind": "clip", "path": "x"}}, "limits": {"max_body": 1}}, "max_body"),
     ],
 )
 def test_wrong_arguments_are_named(args: dict[str, object], named: str) -> None:

@@ -1,7 +1,7 @@
 """Runs from a run file to an exported model on real Ray Train, DeepSpeed, MLflow and the reward service's app.
 
-Three trainings of the same six steps: undisturbed on two workers, on two of which one is killed, and on one worker with
-another micro-batch and ZeRO stage. All three must be the same training.
+Trainings of the same six steps: undisturbed on two workers, on two of which one is killed, and on one worker with
+another micro-batch and ZeRO stage. All must be the same training, and one that its guard ends must be its beginning.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reward_server.models import ClipArgs
-from reward_server.scorer import Scorer
+from reward_server.worker import Worker, WorkerArgs
 from services.contract import REWARDS_PATH
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
@@ -44,7 +44,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 6
 HELD_OUT = PROMPTS[:5]
-REQUESTS_BEFORE_KILL = 3 + 8 * 4 + 3  # base evaluation, four steps of 4 prompts × 2 branches, and into the fifth
+NUM_TOGETHER = 2  # images of an evaluation or of a check in one request
+REQUESTS_BASE = 3 + 2  # evaluation and check
+REQUESTS_TWO_STEPS = 2 * 8 + 2  # 4 prompts × 2 branches each, and the check after them
 TIMEOUT_S = 180
 
 
@@ -81,7 +83,7 @@ class Bench:
     def tracking_uri(self) -> str:
         return f"sqlite:///{self.folder / 'mlflow.db'}"
 
-    def write_run(self, name: str, **engine: Any) -> Path:
+    def write_run(self, name: str, stop_when: Sequence[dict[str, Any]] = (), **engine: Any) -> Path:
         """A run file with paths relative to `folder`, from where runs are started."""
         size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
         run = {
@@ -91,15 +93,17 @@ class Bench:
             "prompts": {"path": "train.txt"},
             "control_words": {"positive": "3D", "negative": "Flat"},
             "rollout": {"num_steps": 3},
-            "reward": {"name": "tiny", "url": self.reward_url},
+            "rewards": [{"name": "tiny"}],
+            "reward_service": {"url": self.reward_url},
             "optimizer": {"learning_rate": 1e-3},
             "engine": {"num_workers": 2, "global_batch": 4, "cpus_per_worker": 0.5} | engine,
-            "checkpoint": {"every_num_steps": 2},
+            "checkpoint": {"every_num_steps": 2, "num_kept": 4},
+            "guard": {"every_num_steps": 2, "num_prompts": 4, "stop_when": list(stop_when)},
             "evaluation": {
                 "prompts_path": "heldout.txt",
                 "num_steps": 3,
                 "every_num_steps": 4,
-                "batch": 2,
+                "batch": NUM_TOGETHER,
                 "judge_path": "judge",
             },
             "tracking": {"uri": self.tracking_uri},
@@ -151,6 +155,14 @@ class Run:
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
 
+    def weights_at(self, step: int) -> dict[str, torch.Tensor]:
+        """Those of a checkpoint that is kept."""
+        for file in (self.folder / "checkpoints").rglob("mp_rank_00_model_states.pt"):
+            states = torch.load(file, weights_only=False)
+            if states["step"] == step:
+                return states["module"]
+        raise AssertionError(f"no checkpoint of step {step}")
+
     def artifacts(self, folder: str | None = None) -> set[str]:
         return {item.path for item in self.client.list_artifacts(self.record.info.run_id, folder)}
 
@@ -160,11 +172,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("training")
     make_tiny_flux(folder / "flux")
     make_tiny_clip(folder / "clip")
-    real = torch.randint(0, 256, (len(HELD_OUT), 3, 16, 16), dtype=torch.uint8)
-    make_tiny_judges(folder / "judge", ("3D", "Flat"), HELD_OUT, real)
+    real = torch.randint(0, 256, (len(PROMPTS), 3, 16, 16), dtype=torch.uint8)
+    make_tiny_judges(folder / "judge", ("3D", "Flat"), PROMPTS, real)
     (folder / "train.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     (folder / "heldout.txt").write_text("\n".join(HELD_OUT), encoding="utf-8")
-    wiretap = Wiretap(reward_app(Scorer({"tiny": ClipArgs(kind="clip", path=str(folder / "clip"))})))
+    wiretap = Wiretap(reward_app(Worker({"tiny": ClipArgs(kind="clip", path=str(folder / "clip"))}, WorkerArgs())))
     # short, because the path of a socket must be
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as ray_folder, serve_app(wiretap) as url:
         ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=ray_folder, log_to_driver=False)
@@ -226,7 +238,7 @@ def test_one_worker_with_other_micro_batches_and_stage_is_the_same_training(benc
 def test_a_killed_worker_costs_steps_but_changes_nothing(bench: Bench, undisturbed: Run) -> None:
     bench.wiretap.count = 0
     bench.wiretap.on_request = lambda count, pid: (
-        os.kill(pid, signal.SIGKILL) if count == REQUESTS_BEFORE_KILL else None
+        os.kill(pid, signal.SIGKILL) if count == REQUESTS_BASE + 2 * REQUESTS_TWO_STEPS + 3 else None  # in step 5
     )
     killed = bench.train(bench.write_run("killed", zero_stage=2))
     losses = [step for step, _ in killed.history("loss")]
@@ -234,6 +246,39 @@ def test_a_killed_worker_costs_steps_but_changes_nothing(bench: Bench, undisturb
     assert [step for step, _ in killed.history("eval/reward")] == [0, NUM_STEPS]
     assert killed.last_values("loss") == pytest.approx(undisturbed.last_values("loss"), abs=1e-6)
     torch.testing.assert_close(killed.weights(), undisturbed.weights(), rtol=0, atol=1e-6)
+
+
+def test_a_rule_ends_a_run_and_the_best_checkpoint_is_exported(bench: Bench, undisturbed: Run) -> None:
+    """Broken first at step 4, while a worker is killed in step 4: what was noted before is not forgotten."""
+    rule = rule_broken_first_at(undisturbed, step=4)
+    bench.wiretap.count = 0
+    bench.wiretap.on_request = lambda count, pid: (
+        os.kill(pid, signal.SIGKILL) if count == REQUESTS_BASE + REQUESTS_TWO_STEPS + 8 + 3 else None
+    )
+    guarded = bench.train(bench.write_run("guarded", [rule], zero_stage=2))
+    losses = [step for step, _ in guarded.history("loss")]
+    assert losses.count(3) == 2, "killed in step 4, resumed before step 3"
+    assert losses[-1] == 4, "ended after step 4"
+    assert dict(guarded.history(rule["metric"])) == pytest.approx(dict(undisturbed.history(rule["metric"])[:3]))
+    assert guarded.record.info.status == "FINISHED"
+    assert guarded.record.data.tags["exported_step"] == "2"
+    assert guarded.record.data.tags["stopped_by"] in guarded.output
+    assert rule["metric"] in guarded.record.data.tags["stopped_by"]
+    summary = json.loads((guarded.folder / "evaluation.json").read_text())
+    assert summary["guard"]["exported_step"] == 2
+    torch.testing.assert_close(guarded.weights(), undisturbed.weights_at(2), rtol=0, atol=1e-6)
+
+
+def rule_broken_first_at(run: Run, step: int) -> dict[str, Any]:
+    """A bound on a number that the guard has seen in `run`, halfway between it and all that came before."""
+    for metric in ("guard/reward", "guard/common_mode", "guard/frechet_3D", "guard/frechet_Flat"):
+        values = dict(run.history(metric))
+        before = [value for earlier, value in values.items() if earlier < step]
+        if values[step] > max(before):
+            return {"metric": metric, "above": (values[step] + max(before)) / 2}
+        if values[step] < min(before):
+            return {"metric": metric, "below": (values[step] + min(before)) / 2}
+    raise AssertionError("no number of the guard is new at this step")
 
 
 def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:

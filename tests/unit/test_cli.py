@@ -38,7 +38,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *named: str) -> No
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["run", "submit"])
+@pytest.mark.parametrize("command", ["run", "submit", "evaluate"])
 def test_an_unknown_key_is_named(command: str, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(RUN.read_text(encoding="utf-8") + "\nnum_step: 60\n", encoding="utf-8")
@@ -49,24 +49,13 @@ def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
     assert_one_line(srpo("run", str(tmp_path / "absent.yaml")), "absent.yaml")
 
 
-@pytest.mark.parametrize("arguments", [("submit", str(RUN)), ("jobs",), ("stop", "some_job")])
+@pytest.mark.parametrize("arguments", [("submit", str(RUN)), ("evaluate", str(RUN)), ("jobs",), ("stop", "some_job")])
 def test_an_absent_cluster_is_named_with_the_cure(arguments: tuple[str, ...], absent_url: str) -> None:
     assert_one_line(srpo(*arguments, "--address", absent_url), absent_url, "make up")
 
 
 def test_an_absent_reward_service_is_named_with_the_cure(picture: str, absent_url: str) -> None:
     assert_one_line(srpo("score", picture, *PAIR, "--url", absent_url), absent_url, "make up")
-
-
-def test_what_is_no_image_is_named(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
-    assert_one_line(srpo("score", str(tmp_path / "text.png"), *PAIR), "text.png", "PNG")
-    assert_one_line(srpo("score", str(tmp_path / "absent.png"), *PAIR), "absent.png", "No such file")
-
-
-def test_an_empty_control_word_is_named(picture: str) -> None:
-    empty = ("--prompt", "red heart", "--positive", "", "--negative", "Flat")
-    assert_one_line(srpo("score", picture, *empty), "positive")
 
 
 def test_sample_names_a_missing_model_and_a_missing_folder(tmp_path: Path) -> None:

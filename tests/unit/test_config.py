@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefinedType
 
 from services.config import ConfigError, RunConfig, load_run_config
+from services.objective import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "deploy" / "runs").glob("*.yaml"))
@@ -29,12 +32,19 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted keys with their defaults, in the order of the file."""
     lines = []
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            lines += keys_of(kind, f"{prefix}{name}.")
-        else:
+        section, is_list = section_of(field.annotation), get_origin(field.annotation) is tuple
+        if section is None or not isinstance(field.default, section | PydanticUndefinedType):
             lines.append(f"{prefix}{name}" + ("" if field.is_required() else f" = {field.default}"))
+        if section is not None:
+            lines += keys_of(section, f"{prefix}{name}{'[]' if is_list else ''}.")
     return lines
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation that is one, or may be one, or is a tuple of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return None if annotation is Schedule else annotation
+    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -66,22 +76,60 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
         (("optimizer",), "learning_rate", -1e-5, "optimizer.learning_rate"),
         (("optimizer",), "learning_rate", float("nan"), "optimizer.learning_rate"),
         (("control_words",), "positive", "", "control_words.positive"),
+        (("control_words",), "positive", " ", "control_words.positive"),
         (("rollout",), "shift", "dynamical", "rollout.shift"),
+        (("objective",), "kind", "srpo", "objective.kind"),
+        (("objective",), "branches", [], "objective: Value error, branches must be one or both"),
+        (("objective",), "branches", ["invert", "invert"], "objective: Value error, branches must be one or both"),
+        (("objective",), "grid_index_range", (25, 5), "objective: Value error, grid_index_range must rise"),
+        (("objective",), "grid_index_range", (5, 51), "objective: Value error, grid_index_range must rise"),
+        (("objective",), "sigma_range", (0.0, 0.9), "objective: Value error, sigma_range must rise within (0, 1)"),
+        (("objective",), "sigma_range", (0.5, 1.2), "objective: Value error, sigma_range must rise within (0, 1)"),
+        (("objective",), "sigma_range", (0.9, 0.5), "objective: Value error, sigma_range must rise within (0, 1)"),
+        (("objective",), "level_range", (0, 995), "objective: Value error, level_range must rise"),
+        (("objective",), "level_range", (5, 1000), "objective: Value error, level_range must rise"),
+        (("objective",), "num_delta_levels", 1000, "num_delta_levels 1000 is larger than the range"),
+        (("objective",), "num_injections", 992, "num_injections 992 is more than the levels of (5, 995)"),
+        (("objective",), "discount", {"kind": "cosine", "start": 1.0}, "a cosine schedule needs an end"),
+        (("objective",), "discount", {"kind": "constant", "start": 1, "end": 2}, "a constant schedule has no end"),
+        (("objective",), "discount", {"start": float("inf"), "end": 1.0}, "objective.discount.start"),
+        (("rewards", 0), "weight", 0, "rewards.0.weight"),
+        (("rewards", 0), "weight", float("nan"), "rewards.0.weight"),
+        (("rewards", 0), "margin", float("nan"), "rewards.0.margin"),
+        (("rewards", 0), "pair", "image", "rewards.0.pair"),
+        (("rewards", 0), "control_words", {"positive": "3D", "negative": ""}, "rewards.0.control_words.negative"),
+        ((), "rewards", [], "rewards"),
+        ((), "rewards", [{"name": "a"}, {"name": "a"}], "rewards: each name may come once, not ['a', 'a']"),
     ],
 )
 def test_a_bad_key_or_value_is_named_with_file_and_value(
-    tmp_path: Path, place: tuple[str, ...], key: str, value: object, named: str
+    tmp_path: Path, place: tuple[str | int, ...], key: str, value: object, named: str
 ) -> None:
     loaded = tree()
-    branch = loaded
+    branch: Any = loaded | {"objective": {}}
+    loaded = branch
     for name in place:
         branch = branch[name]
     branch[key] = value
     path = write(tmp_path, loaded)
     with pytest.raises(ConfigError) as error:
         load_run_config(path)
-    for part in (str(path), named, str(value)):
+    shown = value if isinstance(value, str | int | float) else ""  # a section's message shows what is wrong in it
+    for part in (str(path), named, str(shown)):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ({"sigma_range": [0.5, 0.9], "grid_index_range": [5, 20]}, "give sigma_range or grid_index_range, not both"),
+        ({"delta_sigma": 0.1, "num_delta_levels": 50}, "give delta_sigma or num_delta_levels, not both"),
+        ({"kind": "sgp"}, "rewards.0.satisfied_at 0.25 needs a difference of two similarities"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_named(tmp_path: Path, objective: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        load_run_config(write(tmp_path, tree() | {"objective": objective}))
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

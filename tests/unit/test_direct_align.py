@@ -1,150 +1,174 @@
-"""The loss of a branch: its gradient is the one of autograd through the reward, its words and sigmas the branch's."""
+"""The loss of a branch: the formula, its gradient by autograd through the rewards, the branch's words and sigmas."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from services.config import ObjectiveConfig
-from services.contract import Float32, PromptPair, RewardResponse
+from services.contract import PromptPair
+from services.objective import BranchName, ControlWordsConfig, ObjectiveConfig, RewardConfig, Schedule
+from tests.local_reward import LocalReward, similarity
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
-from trainer.direct_align import branch_loss, hinge_loss, recover_anchor
-from trainer.flow import Branch, branches, interpolate
+from trainer.direct_align import BranchOutcome, branch_loss, recover_anchor
+from trainer.flow import Branch, branches, schedule_at
 from trainer.flux import FluxModel
-from trainer.rollout import Rollout, Sampling, roll_out
+from trainer.rollout import Injection, Sampling, roll_out
 
-
-def reward_of(images: Tensor) -> Tensor:
-    """A smooth reward around the hinge's margin, different for each image."""
-    return images.mean(dim=(1, 2, 3)) + 0.1 * images.sin().std(dim=(1, 2, 3))
-
-
-@dataclass
-class LocalReward:
-    """A reward in this process that answers as the service does, and remembers what it was asked."""
-
-    asked: list[tuple[tuple[PromptPair, ...], tuple[float, ...]]] = field(default_factory=list)
-
-    def __call__(self, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]) -> RewardResponse:
-        self.asked.append((pairs, scales))
-        leaf = torch.tensor(images, requires_grad=True)
-        rewards = reward_of(leaf)
-        (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
-        values = rewards.detach().numpy()
-        return RewardResponse(values, values, values, gradient.numpy(), scorer="local", request_id="0")
+SIZE = HEIGHT_PX, WIDTH_PX
+TINY = RewardConfig(name="tiny")
 
 
 @pytest.fixture(scope="module")
-def rollout(flux: FluxModel) -> Rollout:
+def injection(flux: FluxModel) -> Injection:
     prompts = PROMPTS[:3]
-    return roll_out(
+    rollout = roll_out(
         flux.transformer,
         flux,
         conditioning=flux.encode_prompts(prompts, MAX_SEQUENCE_LENGTH),
-        noise=flux.draw_noise([torch.Generator().manual_seed(seed) for seed in range(3)], HEIGHT_PX, WIDTH_PX),
+        noise=flux.draw_noise([torch.Generator().manual_seed(seed) for seed in range(3)], *SIZE),
         pairs=tuple(PromptPair(prompt, "3D", "Flat") for prompt in prompts),
-        levels=torch.tensor([200, 500, 900]),
-        sampling=Sampling(3, 1.0, 3.0, HEIGHT_PX, WIDTH_PX),
+        sampling=Sampling(3, 1.0, 3.0, *SIZE),
     )
+    return Injection(rollout, rollout.noise, torch.tensor([200, 500, 900]))
 
 
-def both_branches(rollout: Rollout, objective: ObjectiveConfig) -> tuple[Branch, Branch]:
-    return branches(rollout.levels, objective, rollout.sampling.shift)
+def branch_of(injection: Injection, name: BranchName, **objective: Any) -> tuple[Branch, ObjectiveConfig]:
+    settings = ObjectiveConfig(branches=(name,), **objective)
+    return branches(injection.levels, settings, injection.rollout.sampling.shift)[0], settings
 
 
-def between_rewards(flux: FluxModel, rollout: Rollout) -> ObjectiveConfig:
-    """An objective whose margin lies between the rewards, so that the hinge cuts some images and not all."""
-    rewards = reward_of(flux.decode_image(rollout.clean, HEIGHT_PX, WIDTH_PX))
-    return ObjectiveConfig(margin=rewards.sort().values[:2].mean().item())
+def loss_of(
+    flux: FluxModel, injection: Injection, name: BranchName, *rewards: RewardConfig, **objective: Any
+) -> tuple[Branch, BranchOutcome]:
+    branch, settings = branch_of(injection, name, **objective)
+    return branch, branch_loss(branch, injection, flux.transformer, flux, LocalReward(), settings, rewards)
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["denoise", "invert"])
-def test_gradient_equals_autograd_through_the_reward(flux: FluxModel, rollout: Rollout, which: int) -> None:
-    objective = between_rewards(flux, rollout)
-    branch = both_branches(rollout, objective)[which]
+def rewards_of(flux: FluxModel, injection: Injection, branch: Branch, scale: Tensor, words: list[str]) -> Tensor:
+    """(1 + k)·positive − negative of the branch's images, all by autograd."""
+    recovered = recover_anchor(branch, injection, flux.transformer, flux, ObjectiveConfig()).recovered
+    images = flux.decode_image(recovered, *SIZE)
+    sides = words if branch.name == "denoise" else words[::-1]
+    positive, negative = (
+        torch.cat(
+            [
+                similarity(image[None], f"{word}. {p.prompt}")
+                for image, p in zip(images, injection.rollout.pairs, strict=True)
+            ]
+        )
+        for word in sides
+    )
+    return (1 + scale) * positive - negative
+
+
+def scale_of(branch: Branch) -> Tensor:
+    return schedule_at(TINY.preference_scale(branch.name), branch.levels, 1000)
+
+
+def assert_same_loss(flux: FluxModel, ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs)
     parameters = list(flux.transformer.parameters())
-    outcome = branch_loss(branch, rollout, flux.transformer, flux, LocalReward(), objective)
-    recovered = recover_anchor(branch, rollout, flux.transformer, flux, objective.train_guidance_scale)
-    rewards = reward_of(flux.decode_image(recovered, HEIGHT_PX, WIDTH_PX))
-    direct = torch.relu(objective.margin - rewards).mean()
-    assert 0 < (rewards < objective.margin).sum() < len(rewards)
-    torch.testing.assert_close(outcome.loss, direct)
-    torch.testing.assert_close(outcome.rewards, rewards.detach())
-    torch.testing.assert_close(torch.autograd.grad(outcome.loss, parameters), torch.autograd.grad(direct, parameters))
+    gradients = [torch.autograd.grad(loss, parameters) for loss in (ours, theirs)]
+    assert max(gradient.abs().max() for gradient in gradients[1]) > 1e-6
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-8)
 
 
-def test_each_branch_asks_for_its_words_and_scales(flux: FluxModel, rollout: Rollout) -> None:
-    objective, reward = ObjectiveConfig(), LocalReward()
-    denoise, invert = both_branches(rollout, objective)
-    for branch in (denoise, invert):
-        branch_loss(branch, rollout, flux.transformer, flux, reward, objective)
-    assert reward.asked[0] == (rollout.pairs, tuple(denoise.preference_scale.tolist()))
-    assert reward.asked[1][0] == tuple(PromptPair(pair.prompt, "Flat", "3D") for pair in rollout.pairs)
-    assert reward.asked[1][1] == tuple(invert.preference_scale.tolist())
+@pytest.mark.parametrize("name", ["denoise", "invert"])
+def test_gradient_equals_autograd_through_the_reward(flux: FluxModel, injection: Injection, name: BranchName) -> None:
+    branch, _ = branch_of(injection, name)
+    rewards = rewards_of(flux, injection, branch, scale_of(branch), ["3D", "Flat"])
+    margin = rewards.detach().sort().values[:2].mean().item()  # the hinge cuts one image and not the others
+    _, outcome = loss_of(flux, injection, name, TINY.model_copy(update={"margin": margin}))
+    assert 0 < (rewards < margin).sum() < len(rewards)
+    assert_same_loss(flux, outcome.loss, torch.relu(margin - rewards).mean())
+    torch.testing.assert_close(outcome.rewards, rewards.detach()[None])
+    torch.testing.assert_close(outcome.preference_scales, scale_of(branch)[None])
 
 
-@pytest.mark.parametrize(("which", "direction"), [(0, -1), (1, 1)], ids=["denoise", "invert"])
-def test_anchor_moves_by_w_times_the_velocity_error(
-    flux: FluxModel, rollout: Rollout, which: int, direction: int
+@pytest.mark.parametrize("name", ["denoise", "invert"])
+def test_discount_and_normalisation_multiply_the_loss_of_each_image(
+    flux: FluxModel, injection: Injection, name: BranchName
 ) -> None:
-    branch = both_branches(rollout, ObjectiveConfig())[which]
-    noisy = interpolate(rollout.clean, rollout.noise, branch.sigma_start)
-    velocity = flux.predict_velocity(
-        flux.transformer, noisy, branch.sigma_start, rollout.conditioning, 3.5, HEIGHT_PX, WIDTH_PX
+    discount = Schedule(kind="cosine", start=-0.5, end=2.0)
+    branch, outcome = loss_of(flux, injection, name, TINY, discount=discount, recovery_weight="normalised")
+    rewards = rewards_of(flux, injection, branch, scale_of(branch), ["3D", "Flat"])
+    factor = schedule_at(discount, branch.levels, 1000)
+    torch.testing.assert_close(outcome.discount, factor)
+    assert_same_loss(flux, outcome.loss, (factor / branch.recovery_weight * torch.relu(0.7 - rewards)).mean())
+
+
+def test_rewards_add_up_with_weights_pairs_scales_and_margins_of_their_own(
+    flux: FluxModel, injection: Injection
+) -> None:
+    other = RewardConfig(
+        name="other",
+        weight=0.3,
+        control_words=ControlWordsConfig(positive="Red", negative="Blue"),
+        preference_scale_denoise=Schedule(kind="constant", start=-0.2),
+        margin=0.1,
     )
-    error = velocity - (rollout.noise - rollout.clean)
-    expected = rollout.clean + direction * branch.recovery_weight.view(-1, 1, 1) * error
-    recovered = recover_anchor(branch, rollout, flux.transformer, flux, 3.5)
-    torch.testing.assert_close(recovered, expected, rtol=0, atol=1e-5)
+    branch, outcome = loss_of(flux, injection, "denoise", TINY, other)
+    first = rewards_of(flux, injection, branch, scale_of(branch), ["3D", "Flat"])
+    second = rewards_of(flux, injection, branch, torch.full((3,), -0.2), ["Red", "Blue"])
+    assert_same_loss(flux, outcome.loss, (torch.relu(0.7 - first) + 0.3 * torch.relu(0.1 - second)).mean())
+    torch.testing.assert_close(outcome.rewards, torch.stack([first, second]).detach())
 
 
-def test_hinge_is_flat_where_the_reward_has_passed_the_margin() -> None:
-    images = torch.rand(2, 3, 4, 4, requires_grad=True)
-    is_open = torch.tensor([True, True])
-    loss = hinge_loss(images, torch.tensor([0.9, 0.2]), torch.ones(2, 3, 4, 4), margin=0.7, is_open=is_open)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.25)
-    assert images.grad is not None
-    assert images.grad[0].eq(0).all()
-    assert images.grad[1].eq(-0.5).all()
+def test_each_branch_asks_for_its_words_and_scales(flux: FluxModel, injection: Injection) -> None:
+    reward, objective = LocalReward(), ObjectiveConfig()
+    both = branches(injection.levels, objective, 3.0)
+    for branch in both:
+        branch_loss(branch, injection, flux.transformer, flux, reward, objective, (TINY,))
+    pairs = injection.rollout.pairs
+    assert reward.asked[0] == ("tiny", pairs, tuple(scale_of(both[0]).tolist()))
+    swapped = tuple(PromptPair(pair.prompt, "Flat", "3D") for pair in pairs)
+    assert reward.asked[1] == ("tiny", swapped, tuple(scale_of(both[1]).tolist()))
 
 
-@pytest.mark.parametrize(("which", "is_pushed"), [(0, [True, False, False]), (1, [False, False, True])])
-def test_neither_branch_pushes_an_image_that_is_satisfied(
-    flux: FluxModel, rollout: Rollout, which: int, is_pushed: list[bool]
+@pytest.mark.parametrize(("name", "direction"), [("denoise", -1), ("invert", 1)])
+def test_anchor_moves_by_w_times_the_velocity_error(
+    flux: FluxModel, injection: Injection, name: BranchName, direction: int
 ) -> None:
-    """Differences −0.1, 0.2 and 0.4; for the invert branch, which swaps the words, they count the other way round."""
-    positive, negative = np.array([0.2, 0.5, 0.9], np.float32), np.array([0.3, 0.3, 0.5], np.float32)
-    objective = ObjectiveConfig(satisfied_at=0.15 if which == 0 else -0.3, margin=10.0)
-
-    def score(images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]) -> RewardResponse:
-        return RewardResponse(positive - negative, positive, negative, np.ones_like(images), "local", "0")
-
-    branch = both_branches(rollout, objective)[which]
-    outcome = branch_loss(branch, rollout, flux.transformer, flux, score, objective)
-    expected = (10.0 - torch.tensor(positive - negative))[torch.tensor(is_pushed)].sum() / 3
-    torch.testing.assert_close(outcome.loss.detach(), expected, rtol=1e-4, atol=0)
+    branch, objective = branch_of(injection, name)
+    step = recover_anchor(branch, injection, flux.transformer, flux, objective)
+    clean = injection.rollout.clean
+    error = step.velocity - (injection.noise - clean)
+    expected = clean + direction * branch.recovery_weight.view(-1, 1, 1) * error
+    torch.testing.assert_close(step.recovered, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({"image_gradient": None}, "without image_gradient"),
-        ({"rewards": np.full(3, np.nan, np.float32)}, "non-finite numbers"),
-        ({"rewards": np.zeros(2, np.float32)}, "answered shapes"),
-    ],
-)
-def test_answer_that_would_train_noise_is_refused(
-    flux: FluxModel, rollout: Rollout, change: dict[str, Float32 | None], problem: str
-) -> None:
-    def broken(images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]) -> RewardResponse:
-        return replace(LocalReward()(images, pairs, scales), **change)  # type: ignore[arg-type]
+def test_a_fresh_noise_is_the_one_that_is_taken_out_again(flux: FluxModel, injection: Injection) -> None:
+    fresh = flux.draw_noise([torch.Generator().manual_seed(9 + seed) for seed in range(3)], *SIZE)
+    other = Injection(injection.rollout, fresh, injection.levels)
+    branch, objective = branch_of(injection, "denoise")
+    step = recover_anchor(branch, other, flux.transformer, flux, objective)
+    clean = injection.rollout.clean
+    expected = clean - branch.recovery_weight.view(-1, 1, 1) * (step.velocity - (fresh - clean))
+    torch.testing.assert_close(step.recovered, expected, rtol=0, atol=1e-5)
 
-    objective = ObjectiveConfig()
-    denoise, _ = both_branches(rollout, objective)
-    with pytest.raises(ValueError, match=problem):
-        branch_loss(denoise, rollout, flux.transformer, flux, broken, objective)
+
+def test_truncated_timestep_is_the_published_one_and_off_by_default(flux: FluxModel, injection: Injection) -> None:
+    branch, objective = branch_of(injection, "denoise")
+    assert not objective.truncate_timestep
+    truncated = objective.model_copy(update={"truncate_timestep": True})
+    plain, cut = (
+        recover_anchor(branch, injection, flux.transformer, flux, settings) for settings in (objective, truncated)
+    )
+    assert not plain.velocity.equal(cut.velocity)
+    direct = flux.predict_velocity(
+        flux.transformer,
+        cut.noisy,
+        (branch.sigma_start * 1000).floor() / 1000,
+        injection.rollout.conditioning,
+        3.5,
+        *SIZE,
+    )
+    torch.testing.assert_close(cut.velocity, direct, rtol=0, atol=1e-6)
+
+
+def test_an_injection_that_does_not_fit_its_rollout_is_refused(injection: Injection) -> None:
+    with pytest.raises(ValueError, match=r"levels \(2,\) do not fit images \(3, 6, 64\)"):
+        Injection(injection.rollout, injection.noise, torch.tensor([1, 2]))

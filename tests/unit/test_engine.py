@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from services.config import EngineConfig, OptimizerConfig
+from tests.workers import in_workers
 
 NUM_WORKERS = 2
 NUM_BACKWARDS = 4
@@ -47,22 +43,6 @@ def plain_steps(num_steps: int) -> tuple[list[float], dict[str, Tensor]]:
         adam.step()
         adam.zero_grad()
     return norms, policy.state_dict()
-
-
-def in_workers(function: Callable[..., Any], *arguments: Any) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_worker, (port, function, arguments), nprocs=NUM_WORKERS)
-
-
-def _worker(rank: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_WORKERS)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
-    function(rank, *arguments)
-    dist.barrier()  # a worker that leaves early aborts the other's connection
-    dist.destroy_process_group()
 
 
 def make_engine(stage: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -126,12 +106,12 @@ def check_bfloat16(rank: int) -> None:
 
 
 def test_every_stage_equals_plain_torch_through_save_load_and_export(tmp_path: Path) -> None:
-    in_workers(check_stages, tmp_path)
+    in_workers(NUM_WORKERS, check_stages, tmp_path)
 
 
 def test_two_forwards_before_their_backwards_are_wrong_in_stage_3() -> None:
-    in_workers(check_trap)
+    in_workers(NUM_WORKERS, check_trap)
 
 
 def test_bfloat16_keeps_the_gradient() -> None:
-    in_workers(check_bfloat16)
+    in_workers(NUM_WORKERS, check_bfloat16)

@@ -18,8 +18,8 @@ from trainer.evaluate import (
     before_after,
     frechet_distance,
     gaussian_of,
+    is_among_nearest,
     picture_grid,
-    share_among_nearest,
     to_uint8,
 )
 from trainer.rollout import Sampling
@@ -57,12 +57,12 @@ def test_distance_of_few_images_in_many_dimensions_is_finite() -> None:
         gaussian_of(torch.zeros(1, 20))
 
 
-def test_share_among_nearest_counts_exactly_the_right_ones() -> None:
+def test_only_the_right_ones_among_the_nearest_count() -> None:
     references = torch.eye(6)
     embeddings = torch.tensor([[1.0, 0.9, 0.8, 0, 0, 0], [0, 0, 0, 3.0, 2.0, 1.0]])
-    assert share_among_nearest(embeddings, references, torch.tensor([2, 3]), num_nearest=1) == 0.5
-    assert share_among_nearest(embeddings, references, torch.tensor([2, 3]), num_nearest=3) == 1.0
-    assert share_among_nearest(embeddings, references, torch.tensor([5, 0]), num_nearest=3) == 0.0
+    assert is_among_nearest(embeddings, references, torch.tensor([2, 3]), num_nearest=1).tolist() == [0, 1]
+    assert is_among_nearest(embeddings, references, torch.tensor([2, 3]), num_nearest=3).tolist() == [1, 1]
+    assert is_among_nearest(embeddings, references, torch.tensor([5, 0]), num_nearest=3).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("num_images", "world_size"), [(5, 2), (6, 3), (1, 4), (7, 1)])

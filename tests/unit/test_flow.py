@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,8 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.config import ObjectiveConfig
-from trainer.flow import branches, dynamic_shift, euler_step, interpolate, recover_clean, sigma_schedule
+from services.objective import BranchName, ObjectiveConfig, Schedule
+from trainer.flow import (
+    branches,
+    dynamic_shift,
+    euler_step,
+    interpolate,
+    level_sigmas,
+    num_delta_levels,
+    recover_clean,
+    schedule_at,
+    sigma_schedule,
+)
 
 SHAPE = (2, 6, 4)
 recoverable = st.floats(0, 0.99)
@@ -117,19 +128,61 @@ def test_branches_straddle_a_target_they_share(levels: list[int]) -> None:
         assert (branch.sigma_start <= 0.9643 + 1e-4).all()
 
 
-def test_preference_scales_run_along_their_ramps() -> None:
-    denoise, invert = branches(torch.tensor([1, 999]), ObjectiveConfig(num_delta_levels=1), shift=3.0)
-    torch.testing.assert_close(denoise.preference_scale, torch.tensor([0.1, 0.25]), rtol=0, atol=2e-4)
-    torch.testing.assert_close(invert.preference_scale, torch.tensor([0.3, 0.01]), rtol=0, atol=7e-4)
+def test_one_branch_is_that_branch_of_both() -> None:
+    levels = torch.tensor([60, 400])
+    both = branches(levels, ObjectiveConfig(), shift=3.0)
+    for index, name in enumerate(get_args(BranchName)):
+        (alone,) = branches(levels, ObjectiveConfig(branches=(name,)), shift=3.0)
+        assert alone.name == name
+        assert alone.sigma_start.equal(both[index].sigma_start)
+        assert alone.sigma_end.equal(both[index].sigma_end)
+
+
+def test_sigma_range_by_value_is_the_one_by_index() -> None:
+    grid = sigma_schedule(50, 3.0)
+    by_index = level_sigmas(ObjectiveConfig(grid_index_range=(10, 30)), shift=3.0)
+    by_value = level_sigmas(ObjectiveConfig(sigma_range=(grid[30].item(), grid[10].item())), shift=1.0)
+    torch.testing.assert_close(by_value, by_index)
+
+
+def test_delta_sigma_by_value_is_that_far_from_the_target() -> None:
+    objective = ObjectiveConfig(sigma_range=(0.5, 0.9), delta_sigma=0.04)
+    for branch in branches(torch.tensor([400, 600]), objective, shift=3.0):
+        torch.testing.assert_close(
+            (branch.sigma_start - branch.sigma_end).abs(), torch.full((2,), 0.04), rtol=0.01, atol=0
+        )
+    published = ObjectiveConfig(delta_sigma=100 / 999 * (0.964286 - 0.75))
+    assert num_delta_levels(published, level_sigmas(published, shift=3.0)) == 100
+
+
+@pytest.mark.parametrize("sigma_range", [None, (0.7, 0.95)])
+def test_delta_larger_than_the_range_is_refused(sigma_range: tuple[float, float] | None) -> None:
+    objective = ObjectiveConfig(sigma_range=sigma_range, delta_sigma=0.3)
+    with pytest.raises(ValueError, match=r"objective.delta_sigma 0.3 is larger than the range of sigma, \[0.7"):
+        branches(torch.tensor([500]), objective, shift=3.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule(kind="constant", start=-0.5), [-0.5, -0.5, -0.5]),
+        (Schedule(kind="linear", start=0.1, end=-0.3), [0.1, -0.1, -0.3]),
+        (Schedule(kind="cosine", start=-1.0, end=1.0), [-1.0, 0.0, 1.0]),
+    ],
+)
+def test_schedules_run_from_the_least_noisy_level_to_the_noisiest(schedule: Schedule, expected: list[float]) -> None:
+    found = schedule_at(schedule, torch.tensor([0, 500, 1000]), num_levels=1001)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-7)
+
+
+def test_cosine_leaves_and_reaches_slowly() -> None:
+    values = schedule_at(Schedule(kind="cosine", start=0.0, end=1.0), torch.arange(1001), num_levels=1001)
+    assert (values.diff() > -1e-7).all()
+    assert values[100] < 0.03
+    assert values[900] > 0.97
 
 
 @pytest.mark.parametrize("level", [0, 1000, -1])
 def test_level_outside_the_training_levels_is_refused(level: int) -> None:
     with pytest.raises(ValueError, match=r"level_range"):
         branches(torch.tensor([level]), ObjectiveConfig(), shift=3.0)
-
-
-@pytest.mark.parametrize("index_range", [(25, 5), (5, 51), (-1, 5)])
-def test_impossible_grid_range_is_refused(index_range: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="grid_index_range must rise"):
-        branches(torch.tensor([500]), ObjectiveConfig(grid_index_range=index_range), shift=3.0)

@@ -12,7 +12,7 @@ import ray
 import yaml
 
 from reward_server.models import ClipArgs
-from reward_server.scorer import Scorer
+from reward_server.worker import Worker, WorkerArgs
 from services.config import load_run_config
 from tests.serving import reward_app, serve_app
 from tests.tiny_models import make_tiny_clip
@@ -22,7 +22,7 @@ from trainer.launch import main, with_absolute_paths
 @pytest.fixture(scope="module")
 def reward_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     clip = make_tiny_clip(tmp_path_factory.mktemp("clip"))
-    with serve_app(reward_app(Scorer({"tiny": ClipArgs(kind="clip", path=str(clip))}))) as url:
+    with serve_app(reward_app(Worker({"tiny": ClipArgs(kind="clip", path=str(clip))}, WorkerArgs()))) as url:
         yield url
 
 
@@ -38,7 +38,8 @@ def run(flux_folder: Path, reward_url: str, tmp_path: Path, monkeypatch: pytest.
         "model": {"path": str(flux_folder), "height_px": 32, "width_px": 32},
         "prompts": {"path": "train.txt"},
         "control_words": {"positive": "3D", "negative": "Flat"},
-        "reward": {"name": "tiny", "url": reward_url},
+        "rewards": [{"name": "tiny"}],
+        "reward_service": {"url": reward_url},
         "optimizer": {"learning_rate": 1e-3},
         "evaluation": {"prompts_path": "train.txt"},
         "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
@@ -65,7 +66,26 @@ def free_port() -> int:
         ("prompts", {"path": "missing.txt"}, ["missing.txt", "No such file"]),
         ("evaluation", {"prompts_path": "empty.txt"}, ["empty.txt is empty", "one prompt a line"]),
         ("evaluation", {"judge_path": "nowhere"}, ["evaluation.judge_path", "null"]),
-        ("reward", {"name": "beauty"}, ["'beauty' is not served", "served: tiny"]),
+        ("objective", {"delta_sigma": 0.5}, ["objective.delta_sigma 0.5", "[0.7500, 0.9643]"]),
+        ("guard", {"num_prompts": 2}, ["guard.num_prompts 2 is more than the 1 prompts"]),
+        (
+            "guard",
+            {"prompts_path": "two.txt", "num_prompts": 2, "keep_best": {"metric": "guard/fun", "goal": "max"}},
+            ["guard.keep_best.metric 'guard/fun' is not measured", "guard/base_pixel_distance, guard/colour_entropy"],
+        ),
+        (
+            "guard",
+            {"prompts_path": "two.txt", "num_prompts": 2, "held_out_reward": "beauty"},
+            ["guard.held_out_reward 'beauty' is not served", "served: tiny"],
+        ),
+        (
+            "guard",
+            {"prompts_path": "two.txt", "num_prompts": 2, "held_out_reward": "tiny"},
+            ["guard.held_out_reward 'tiny' is one that the run trains on"],
+        ),
+        ("guard", {"stop_when": [{"metric": "guard/reward"}]}, ["guard.stop_when.0", "give one of rises_by"]),
+        ("evaluation", {"reference_path": "nowhere"}, ["evaluation.reference_path", "is not a folder"]),
+        ("evaluation", {"reference_path": "."}, ["evaluation.reference_path", "has 0 PNG"]),
         ("engine", {"global_batch": 3, "num_workers": 2}, ["global_batch 3 is not a multiple"]),
     ],
 )
@@ -73,11 +93,19 @@ def test_bad_input_is_named_with_its_cure(
     run: dict[str, Any], section: str, spoiled: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("empty.txt").write_text("\n \n", encoding="utf-8")
+    Path("two.txt").write_text("red heart\nkey\n", encoding="utf-8")
     run[section] = run.get(section, {}) | spoiled
     assert_refused(run, named, capsys)
 
 
-@pytest.mark.parametrize(("section", "key"), [("reward", "url"), ("tracking", "uri")])
+def test_a_reward_that_is_not_served_is_named_with_those_that_are(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run["rewards"].append({"name": "beauty"})
+    assert_refused(run, ["rewards.1.name 'beauty' is not served", "served: tiny"], capsys)
+
+
+@pytest.mark.parametrize(("section", "key"), [("reward_service", "url"), ("tracking", "uri")])
 def test_a_service_that_does_not_answer_is_named_with_its_cure(
     run: dict[str, Any], section: str, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from trainer.prompts import (
     PromptsError,
     batch_indices,
-    draw_level,
+    draw_levels,
     evaluation_generator,
+    image_generator,
+    injection_generator,
     load_prompts,
     noise_generator,
     shard,
 )
 
-Sample = tuple[int, int, tuple[float, ...]]
+Sample = tuple[int, tuple[int, ...], tuple[float, ...]]
 
 
 def numbers(generator: torch.Generator) -> tuple[float, ...]:
@@ -31,7 +33,11 @@ def samples_of(seed: int, step: int, global_batch: int, rank: int, num_workers: 
     """Prompt, level and noise of every sample that one worker handles in a step."""
     prompts = batch_indices(seed, step, global_batch, num_prompts=7)
     return {
-        index: (prompts[index], draw_level(seed, step, index, (5, 995)), numbers(noise_generator(seed, step, index)))
+        index: (
+            prompts[index],
+            draw_levels(seed, step, index, (5, 995), 3),
+            numbers(noise_generator(seed, step, index)),
+        )
         for index in shard(global_batch, rank, num_workers)
     }
 
@@ -65,14 +71,30 @@ def test_epochs_are_shuffled_anew() -> None:
 
 
 def test_levels_cover_their_range_both_ends_included() -> None:
-    counts = Counter(draw_level(0, step, 0, (3, 6)) for step in range(400))
+    counts = Counter(level for step in range(400) for level in draw_levels(0, step, 0, (3, 6), 1))
     assert sorted(counts) == [3, 4, 5, 6]
     assert min(counts.values()) > 60
 
 
+@given(st.integers(0, 1000), st.integers(1, 50), st.integers(0, 50), st.data())
+def test_levels_of_several_injections_come_from_equal_parts(
+    seed: int, low: int, width: int, data: st.DataObject
+) -> None:
+    num_levels = data.draw(st.integers(1, width + 1))
+    levels = draw_levels(seed, 0, 0, (low, low + width), num_levels)
+    size = (width + 1) / num_levels
+    for part, level in enumerate(levels):
+        assert low + int(part * size) <= level < low + (part + 1) * size
+
+
+def test_every_injection_has_noise_of_its_own() -> None:
+    streams = (injection_generator, image_generator)
+    noises = [numbers(stream(0, step, 0, number)) for stream in streams for step in (0, 1) for number in (0, 1)]
+    noises.append(numbers(noise_generator(0, 0, 0)))
+    assert len(set(noises)) == len(noises)
+
+
 def test_impossible_draws_are_refused() -> None:
-    with pytest.raises(ValueError, match="level_range must rise"):
-        draw_level(0, 0, 0, (6, 3))
     with pytest.raises(ValueError, match="seed must be 0 or more"):
         noise_generator(-1, 0, 0)
 

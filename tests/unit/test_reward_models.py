@@ -1,21 +1,26 @@
-"""Our differentiable preprocessing equals the published one; texts are never cut; missing weights are named."""
+"""What each reward says equals what its authors' code says, for any shape of image; and its gradient is its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
+from aesthetic_predictor_v2_5 import convert_v2_5_from_siglip
 from hpsv2.src.open_clip.transform import image_transform
 from PIL import Image
-from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer, SiglipImageProcessor
 
-from reward_server.models import ClipArgs, ClipReward, Hpsv2Args, Hpsv2Reward, fit_and_pad, load_reward
+from reward_server.models import AestheticArgs, ClipArgs, Hpsv2Args, ImageOnly, PickScoreArgs, TwoTower, load_reward
+from reward_server.models.aesthetic import AestheticReward
+from reward_server.models.clip import ClipReward
+from reward_server.models.hpsv2 import Hpsv2Reward
+from reward_server.models.preprocess import ResizeAndCrop, fit_and_pad
 from services.contract import ContractError
-from tests.tiny_models import make_tiny_clip, make_tiny_hpsv2
+from tests.pictures import photo, tensor_of
+from tests.tiny_models import make_tiny_aesthetic, make_tiny_clip, make_tiny_hpsv2, published_hpsv2
 
 SIZES = [(28, 28), (64, 64), (20, 20), (40, 90), (90, 40), (15, 31)]  # height, width
 TEXTS = ["3D. grinning face", "Flat. cat"]
@@ -27,22 +32,41 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def clip(clip_folder: Path) -> ClipReward:
+    return ClipReward(ClipArgs(kind="clip", path=str(clip_folder)))
+
+
+@pytest.fixture(scope="module")
 def hpsv2_args(tmp_path_factory: pytest.TempPathFactory) -> Hpsv2Args:
     architecture, checkpoint = make_tiny_hpsv2(tmp_path_factory.mktemp("hpsv2"))
     return Hpsv2Args(kind="hpsv2", path=str(checkpoint), architecture=architecture)
 
 
-def photo(height: int, width: int, contrast: float = 1.0) -> Image.Image:
-    """A picture with edges and smooth parts, around middle grey."""
-    rows, columns = np.mgrid[0:height, 0:width]
-    waves = [np.sin(rows / 3) * np.cos(columns / 5), rows / height, (columns // 7 + rows // 5) % 2]
-    pixels = np.stack([(wave - wave.min()) / (np.ptp(wave) + 1e-9) for wave in waves], axis=-1)
-    pixels = 0.5 + contrast * (pixels - 0.5)
-    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+@pytest.fixture(scope="module")
+def hpsv2(hpsv2_args: Hpsv2Args) -> Hpsv2Reward:
+    return Hpsv2Reward(hpsv2_args)
 
 
-def tensor_of(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+@pytest.fixture(scope="module")
+def aesthetic_args(tmp_path_factory: pytest.TempPathFactory) -> AestheticArgs:
+    backbone, head = make_tiny_aesthetic(tmp_path_factory.mktemp("aesthetic"))
+    return AestheticArgs(kind="aesthetic", path=str(head), backbone=str(backbone))
+
+
+@pytest.fixture(scope="module")
+def aesthetic(aesthetic_args: AestheticArgs) -> AestheticReward:
+    return AestheticReward(aesthetic_args)
+
+
+@pytest.fixture(scope="module")
+def hpsv2_score(hpsv2_args: Hpsv2Args) -> Iterator[Callable[[Image.Image, str], float]]:
+    with published_hpsv2(hpsv2_args) as score:
+        yield score
+
+
+@torch.no_grad()
+def similarity(reward: TwoTower, picture: Image.Image, text: str) -> float:
+    return float(reward.embed_image(tensor_of(picture))[0] @ reward.embed_text([text])[0])
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -53,63 +77,120 @@ def test_hpsv2_geometry_equals_the_packages_own(height: int, width: int) -> None
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_hpsv2_embeddings_equal_the_published_recipe(hpsv2_args: Hpsv2Args, height: int, width: int) -> None:
-    model = open_clip.create_model(hpsv2_args.architecture, load_weights=False).eval()
-    model.load_state_dict(torch.load(hpsv2_args.path, weights_only=True)["state_dict"])
-    pixels = image_transform(28, is_train=False, resize_longest_max=True)(photo(height, width))
-    reward = Hpsv2Reward(hpsv2_args)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            reward.embed_image(tensor_of(photo(height, width))), model.encode_image(pixels[None]), rtol=1e-5, atol=1e-5
-        )
-        tokens = open_clip.get_tokenizer("ViT-H-14")(TEXTS)
-        torch.testing.assert_close(reward.embed_text(TEXTS), model.encode_text(tokens), rtol=1e-5, atol=1e-5)
+def test_hpsv2_equals_the_packages_own_score(
+    hpsv2: Hpsv2Reward, hpsv2_score: Callable[[Image.Image, str], float], height: int, width: int
+) -> None:
+    picture = photo(height, width)
+    for text in TEXTS:
+        assert similarity(hpsv2, picture, text) == pytest.approx(hpsv2_score(picture, text), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_hpsv2_equals_the_packages_own_score_at_full_size(tmp_path: Path) -> None:
+    """ViT-H-14 with random weights in the published format: half precision, as HPS_v2.1_compressed.pt is."""
+    _, checkpoint = make_tiny_hpsv2(tmp_path, "ViT-H-14")
+    args = Hpsv2Args(kind="hpsv2", path=str(checkpoint))
+    pictures = [photo(512, 512), photo(300, 500), photo(500, 300)]
+    with published_hpsv2(args) as score:
+        published = [score(picture, TEXTS[0]) for picture in pictures]
+    reward = Hpsv2Reward(args)
+    checkpoint.unlink()  # 2 GB that pytest would keep
+    ours = [similarity(reward, picture, TEXTS[0]) for picture in pictures]
+    assert ours == pytest.approx(published, abs=1e-4)
+    assert np.ptp(published) > 1e-3  # the pictures differ to the model, so that the comparison says something
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_clip_pixels_equal_the_published_processor_up_to_rounding(clip_folder: Path, height: int, width: int) -> None:
-    processor = CLIPImageProcessor.from_pretrained(clip_folder)
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, SiglipImageProcessor])
+def test_pixels_of_bytes_equal_the_published_processors_up_to_rounding(kind: type, height: int, width: int) -> None:
+    if kind is CLIPImageProcessor:
+        processor = kind(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    else:
+        processor = kind(size={"height": 28, "width": 28})
     picture = photo(height, width, contrast=0.6)  # the published one resizes bytes: it clips overshoot in each pass
     published = processor(picture, return_tensors="pt").pixel_values
-    ours = ClipReward(ClipArgs(kind="clip", path=str(clip_folder)))._preprocess(tensor_of(picture))
+    ours = ResizeAndCrop.of_processor(processor)(tensor_of(picture))
     rounding = 1.5 / 255 / min(processor.image_std)
     torch.testing.assert_close(ours, published, rtol=0, atol=rounding)
 
 
-def test_clip_texts_equal_transformers_own(clip_folder: Path) -> None:
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_clip_equals_transformers_own_similarity(clip: ClipReward, clip_folder: Path, height: int, width: int) -> None:
+    """On a picture of floats, which the published processor takes too and does not round."""
     model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), CLIPTokenizer.from_pretrained(clip_folder)
-    ours = ClipReward(ClipArgs(kind="clip", path=str(clip_folder))).embed_text(TEXTS)
+    processor = CLIPImageProcessor.from_pretrained(clip_folder)
+    picture = photo(height, width, contrast=0.6)
+    pixels = processor(tensor_of(picture), do_rescale=False, return_tensors="pt").pixel_values
+    for text in TEXTS:
+        with torch.no_grad():
+            logits = model(pixel_values=pixels, **tokenizer(text, return_tensors="pt")).logits_per_image
+        assert similarity(clip, picture, text) == pytest.approx(float(logits / model.logit_scale.exp()), abs=1e-5)
+
+
+def test_pickscores_published_score_is_logit_scale_times_ours(clip_folder: Path) -> None:
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), CLIPTokenizer.from_pretrained(clip_folder)
+    reward = ClipReward(PickScoreArgs(kind="pickscore", path=str(clip_folder)))
+    picture = photo(32, 32)
+    pixels = CLIPImageProcessor.from_pretrained(clip_folder)(picture, return_tensors="pt").pixel_values
     with torch.no_grad():
-        alone = [model.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output for text in TEXTS]
-    torch.testing.assert_close(ours, torch.cat(alone), rtol=1e-5, atol=1e-6)
+        published = model(pixel_values=pixels, **tokenizer(TEXTS[0], return_tensors="pt")).logits_per_image
+    assert reward.logit_scale is not None
+    assert reward.logit_scale * similarity(reward, picture, TEXTS[0]) == pytest.approx(float(published), abs=1e-4)
 
 
-def test_a_gradient_reaches_every_pixel_of_an_image_of_any_size(clip_folder: Path, hpsv2_args: Hpsv2Args) -> None:
-    for reward in (load_reward(ClipArgs(kind="clip", path=str(clip_folder))), load_reward(hpsv2_args)):
+def test_texts_of_a_batch_do_not_change_each_other(clip: ClipReward, hpsv2: Hpsv2Reward) -> None:
+    for reward in (clip, hpsv2):
+        alone = torch.cat([reward.embed_text([text]) for text in TEXTS])
+        torch.testing.assert_close(reward.embed_text(TEXTS), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_aesthetic_equals_the_packages_own_score(
+    aesthetic: AestheticReward, aesthetic_args: AestheticArgs, height: int, width: int
+) -> None:
+    model, processor = convert_v2_5_from_siglip(aesthetic_args.path, aesthetic_args.backbone)
+    images = tensor_of(photo(height, width, contrast=0.6))
+    with torch.no_grad():
+        pixels = processor(images, do_rescale=False, return_tensors="pt").pixel_values
+        published = model(pixels, return_dict=True).logits[:, 0]
+        torch.testing.assert_close(aesthetic.score_image(images), published, rtol=0, atol=1e-5)
+
+
+def test_a_gradient_reaches_every_pixel_of_an_image_of_any_size(
+    clip: ClipReward, hpsv2: Hpsv2Reward, aesthetic: AestheticReward
+) -> None:
+    for evaluate in (clip.embed_image, hpsv2.embed_image, aesthetic.score_image):
         images = (0.1 + 0.8 * torch.rand(2, 3, 50, 50)).requires_grad_()
-        reward.embed_image(images).square().sum().backward()
+        evaluate(images).reshape(2, -1)[:, 0].sum().backward()
         assert images.grad is not None
         assert (images.grad != 0).float().mean() > 0.99
 
 
-def test_a_text_that_is_too_long_is_named_not_cut(clip_folder: Path, hpsv2_args: Hpsv2Args) -> None:
-    for reward in (load_reward(ClipArgs(kind="clip", path=str(clip_folder))), load_reward(hpsv2_args)):
-        text = "cat " * 100
-        with pytest.raises(ContractError, match=r"text of \d+ tokens.*cat cat"):
-            reward.embed_text(["cat", text])
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (24, 40)])
+def test_gradients_equal_finite_differences(
+    clip_folder: Path, hpsv2_args: Hpsv2Args, aesthetic_args: AestheticArgs, height: int, width: int
+) -> None:
+    """In float64, of everything between the pixels and the embedding: preprocessing, crops, model."""
+    clip = ClipReward(ClipArgs(kind="clip", path=str(clip_folder), crops=2))
+    hpsv2, aesthetic = Hpsv2Reward(hpsv2_args), AestheticReward(aesthetic_args)
+    for module in (clip._model, hpsv2._model, aesthetic._backbone, aesthetic._head):
+        module.double()
+    images = tensor_of(photo(height, width, contrast=0.6)).double().requires_grad_()
+    for evaluate in (clip.embed_image, hpsv2.embed_image, aesthetic.score_image):
+        assert torch.autograd.gradcheck(evaluate, images, fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", ["clip", "hpsv2"])
-def test_missing_weights_are_named(tmp_path: Path, kind: str) -> None:
-    missing = str(tmp_path / "nowhere")
-    args = ClipArgs(kind="clip", path=missing) if kind == "clip" else Hpsv2Args(kind="hpsv2", path=missing)
-    with pytest.raises(ValueError, match="nowhere"):
-        load_reward(args)
+def test_a_text_that_is_too_long_is_named_not_cut(clip: ClipReward, hpsv2: Hpsv2Reward) -> None:
+    for reward in (clip, hpsv2):
+        with pytest.raises(ContractError, match=rf"text of \d+ tokens.* at most {reward.max_text_tokens};.*cat cat"):
+            reward.embed_text(["cat", "cat " * 100])
 
 
-def test_the_checksum_is_the_weights(tmp_path: Path) -> None:
-    one, same, other = (
-        load_reward(ClipArgs(kind="clip", path=str(make_tiny_clip(tmp_path / name, seed=seed)))).checksum
-        for name, seed in (("one", 0), ("same", 0), ("other", 1))
-    )
-    assert one == same != other
+def test_a_reward_meets_one_protocol(clip_folder: Path, hpsv2_args: Hpsv2Args, aesthetic_args: AestheticArgs) -> None:
+    for args in (ClipArgs(kind="clip", path=str(clip_folder)), hpsv2_args):
+        reward = load_reward(args)
+        assert isinstance(reward, TwoTower)
+        assert not isinstance(reward, ImageOnly)
+    reward = load_reward(aesthetic_args)
+    assert isinstance(reward, ImageOnly)
+    assert not isinstance(reward, TwoTower)

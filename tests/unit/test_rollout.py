@@ -66,17 +66,16 @@ def test_batch_of_two_equals_two_batches_of_one(flux: FluxModel) -> None:
 
 
 def test_rollout_of_unequal_counts_is_refused(flux: FluxModel) -> None:
-    with pytest.raises(ValueError, match="one for each image, not 2, 2, 2 and 1"):
-        rolled_out(flux, PROMPTS[:2], levels=torch.tensor([500]))
+    with pytest.raises(ValueError, match="one for each image, not 2, 2 and 1"):
+        rolled_out(flux, PROMPTS[:2], num_pairs=1)
 
 
-def rolled_out(flux: FluxModel, prompts: tuple[str, ...], levels: torch.Tensor | None = None) -> Rollout:
+def rolled_out(flux: FluxModel, prompts: tuple[str, ...], num_pairs: int = 2) -> Rollout:
     return roll_out(
         flux.transformer,
         flux,
         conditioning=flux.encode_prompts(prompts, MAX_SEQUENCE_LENGTH),
         noise=flux.draw_noise(generators()[: len(prompts)], HEIGHT_PX, WIDTH_PX),
-        pairs=tuple(PromptPair(prompt, "3D", "Flat") for prompt in prompts),
-        levels=torch.full((len(prompts),), 500) if levels is None else levels,
+        pairs=tuple(PromptPair(prompt, "3D", "Flat") for prompt in prompts[:num_pairs]),
         sampling=Sampling(4, 1.0, 3.0, HEIGHT_PX, WIDTH_PX),
     )

@@ -6,6 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from services.rank_words import TrialError
+from services.try_words import draw as draw_pictures
 from trainer.sample import main
 
 SIZE = ("--height-px", "32", "--width-px", "48", "--num-steps", "2")
@@ -32,6 +34,8 @@ def test_a_picture_does_not_depend_on_those_beside_it(flux_folder: Path, tmp_pat
     both = draw(flux_folder, tmp_path / "both.png", "--prompt", "red heart", "--prompt", "key")
     assert both.shape == (32, 96, 3)
     assert np.abs(both[:, :48].astype(int) - alone).max() <= 1  # a batch of two may round differently
+    apart = draw(flux_folder, tmp_path / "apart.png", "--prompt", "red heart", "--prompt", "key", "--batch", "1")
+    assert np.abs(both.astype(int) - apart).max() <= 1
 
 
 def test_a_size_that_the_model_cannot_make_is_named(
@@ -41,3 +45,16 @@ def test_a_size_that_the_model_cannot_make_is_named(
     assert main([str(flux_folder), *bad]) == 1
     assert "33" in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.slow
+def test_rank_words_draws_a_picture_for_each_prompt(flux_folder: Path) -> None:
+    one, other = draw_pictures(str(flux_folder), ("red heart", "key"))
+    assert one.shape == other.shape
+    assert one.shape[0] == 3
+    assert (one != other).any()
+
+
+def test_rank_words_names_a_model_that_cannot_draw() -> None:
+    with pytest.raises(TrialError, match=r"absent cannot draw.*model.path"):
+        draw_pictures("absent", ("red heart",))

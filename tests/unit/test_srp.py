@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from reward_server.srp import relative_reward, value, value_and_image_gradient
+from reward_server.srp import PairReward, Similarities, relative_reward, similarity, value, value_for_gradient
 
 BATCH, EMBEDDING = 3, 5
 
 
 def random_embeds(seed: int) -> Tensor:
-    return torch.randn(BATCH, EMBEDDING, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    embeds = torch.randn(BATCH, EMBEDDING, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return normalize(embeds, dim=-1)
 
 
 @pytest.fixture
@@ -30,60 +32,79 @@ SCALES = torch.tensor([0.0, 0.1, 0.5], dtype=torch.float64)
 POSITIVE, NEGATIVE = random_embeds(2), random_embeds(3)
 
 
-def test_equals_the_formula_on_cosines() -> None:
-    image = random_embeds(4)
-    cosine = torch.nn.functional.cosine_similarity
-    positive, negative = cosine(image, POSITIVE), cosine(image, NEGATIVE)
-    outcome = relative_reward(image, POSITIVE, NEGATIVE, SCALES)
+def similarities_to(positive: Tensor, negative: Tensor) -> Similarities:
+    def similarities(images: Tensor) -> tuple[Tensor, Tensor]:
+        embeds = torch.nn.functional.normalize(embed_image(images), dim=-1)
+        return similarity(embeds, positive), similarity(embeds, negative)
+
+    return similarities
+
+
+def with_gradient(similarities: Similarities, images: Tensor, scales: Tensor) -> tuple[PairReward, Tensor]:
+    outcome, image_gradient = value_for_gradient(similarities, images, scales)
+    return outcome, image_gradient()
+
+
+def test_equals_the_formula() -> None:
+    positive, negative = torch.rand(BATCH, dtype=torch.float64), torch.rand(BATCH, dtype=torch.float64)
+    outcome = relative_reward(positive, negative, SCALES)
     torch.testing.assert_close(outcome.rewards, (1 + SCALES) * positive - negative)
-    torch.testing.assert_close(outcome.positive_similarities, positive)
-    torch.testing.assert_close(outcome.negative_similarities, negative)
+
+
+def test_similarity_of_embeddings_of_length_one_is_their_cosine() -> None:
+    image, text = random_embeds(4), POSITIVE
+    normalize = torch.nn.functional.normalize
+    cosine = torch.nn.functional.cosine_similarity(image, text)
+    torch.testing.assert_close(similarity(normalize(image, dim=-1), normalize(text, dim=-1)), cosine)
 
 
 def test_swapping_the_pair_negates_the_reward_at_preference_scale_zero(images: Tensor) -> None:
     zero = torch.zeros(BATCH, dtype=torch.float64)
-    there = value_and_image_gradient(embed_image, images, POSITIVE, NEGATIVE, zero)
-    back = value_and_image_gradient(embed_image, images, NEGATIVE, POSITIVE, zero)
+    there, gradient_there = with_gradient(similarities_to(POSITIVE, NEGATIVE), images, zero)
+    back, gradient_back = with_gradient(similarities_to(NEGATIVE, POSITIVE), images, zero)
     torch.testing.assert_close(there.rewards, -back.rewards)
-    assert there.image_gradient is not None
-    assert back.image_gradient is not None
-    torch.testing.assert_close(there.image_gradient, -back.image_gradient)
-
-
-def test_the_length_of_an_embedding_does_not_matter() -> None:
-    image = random_embeds(4)
-    short = relative_reward(image, POSITIVE, NEGATIVE, SCALES)
-    long = relative_reward(7 * image, 3 * POSITIVE, 0.1 * NEGATIVE, SCALES)
-    torch.testing.assert_close(short.rewards, long.rewards)
+    torch.testing.assert_close(gradient_there, -gradient_back)
 
 
 def test_reward_passes_gradcheck(images: Tensor) -> None:
+    similarities = similarities_to(POSITIVE, NEGATIVE)
+
     def rewards(images: Tensor) -> Tensor:
-        return relative_reward(embed_image(images), POSITIVE, NEGATIVE, SCALES).rewards
+        return relative_reward(*similarities(images), SCALES).rewards
 
     assert torch.autograd.gradcheck(rewards, images.requires_grad_())
 
 
 def test_image_gradient_is_each_images_own_finite_difference(images: Tensor) -> None:
-    outcome = value_and_image_gradient(embed_image, images, POSITIVE, NEGATIVE, SCALES)
-    assert outcome.image_gradient is not None
+    similarities = similarities_to(POSITIVE, NEGATIVE)
+    _, image_gradient = with_gradient(similarities, images, SCALES)
     direction = torch.randn_like(images)
     step = 1e-6
-    ahead = value(embed_image, images + step * direction, POSITIVE, NEGATIVE, SCALES)
-    behind = value(embed_image, images - step * direction, POSITIVE, NEGATIVE, SCALES)
+    ahead = value(similarities, images + step * direction, SCALES)
+    behind = value(similarities, images - step * direction, SCALES)
     slope = (ahead.rewards - behind.rewards) / (2 * step)
-    torch.testing.assert_close((outcome.image_gradient * direction).sum(dim=(1, 2, 3)), slope, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close((image_gradient * direction).sum(dim=(1, 2, 3)), slope, rtol=1e-6, atol=1e-8)
 
 
 def test_values_are_the_same_with_and_without_the_gradient(images: Tensor) -> None:
-    with_gradient = value_and_image_gradient(embed_image, images, POSITIVE, NEGATIVE, SCALES)
-    without = value(embed_image, images, POSITIVE, NEGATIVE, SCALES)
-    torch.testing.assert_close(with_gradient.rewards, without.rewards, rtol=0, atol=0)
-    assert without.image_gradient is None
+    similarities = similarities_to(POSITIVE, NEGATIVE)
+    outcome, _ = with_gradient(similarities, images, SCALES)
+    torch.testing.assert_close(outcome.rewards, value(similarities, images, SCALES).rewards, rtol=0, atol=0)
+
+
+def test_a_pair_costs_one_image_forward(images: Tensor) -> None:
+    num_forwards = 0
+
+    def counting(images: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal num_forwards
+        num_forwards += 1
+        return similarities_to(POSITIVE, NEGATIVE)(images)
+
+    with_gradient(counting, images, SCALES)
+    assert num_forwards == 1
 
 
 def test_the_gradient_is_there_even_under_no_grad(images: Tensor) -> None:
     with torch.no_grad():
-        outcome = value_and_image_gradient(embed_image, images, POSITIVE, NEGATIVE, SCALES)
-    assert outcome.image_gradient is not None
-    assert outcome.image_gradient.abs().sum() > 0
+        _, image_gradient = with_gradient(similarities_to(POSITIVE, NEGATIVE), images, SCALES)
+    assert image_gradient.abs().sum() > 0

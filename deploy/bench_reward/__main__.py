@@ -1,0 +1,155 @@
+"""`make bench-reward`: the service against Flask and against the bare model, in interleaved rounds, under 15 minutes.
+
+    python -m deploy.bench_reward            writes deploy/runs/results/reward.json and prints a table
+    python -m deploy.bench_reward --quick    one short round of everything, writes nothing: does it work?
+
+On a quiet machine: all sides share its cores, the callers too. The exit code is 0 also where a goal is missed; the
+table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deploy.bench_reward import report
+from deploy.bench_reward.bare import bare_model
+from deploy.bench_reward.load import BenchError
+from deploy.bench_reward.measure import Bench, Comparison, memory_growth
+from deploy.bench_reward.models import embedded, large
+from deploy.bench_reward.servers import NUM_PROCESSES, baseline, service
+from deploy.settings import ROOT, LocalError
+
+RESULT = ROOT / "deploy" / "runs" / "results" / "reward.json"
+CALLERS = (1, 8, 32)
+_ROUNDS, _QUICK_ROUNDS = 5, 1
+_WARM_UP, _REQUESTS = (1000, 10_000), (50, 200)  # requests before the first reading of memory, and after it
+_started = time.monotonic()
+
+
+class Measured:
+    """What one model's rounds gave."""
+
+    def __init__(self, name: str, is_large: bool) -> None:
+        self._is_large = is_large  # the size that the goals on batches and on CPU time are set for
+        self.single = {callers: Comparison(f"{name}, {callers} caller{'s' * (callers > 1)}") for callers in CALLERS}
+        self.unseen = Comparison(f"{name}, 8 callers, unseen texts")
+        self.pair = Comparison(f"{name}, a pair against two requests")
+        self.forward = Comparison(f"{name}, forward")
+        self.gradient = Comparison(f"{name}, forward and backward")
+
+    @property
+    def against_baseline(self) -> list[Comparison]:
+        return [*self.single.values(), self.unseen, self.pair]
+
+    @property
+    def against_bare(self) -> list[Comparison]:
+        return [self.forward, self.gradient]
+
+    def goals(self) -> list[report.Goal]:
+        goals = [goal for callers, each in self.single.items() for goal in report.single_goals(each, callers)]
+        if self._is_large:
+            goals += [
+                report.Goal(f"{each.what}: share of the bare model's speed", report.speed_ratio(each), 0.85, True)
+                for each in self.against_bare
+            ]
+            goals.append(report.Goal(f"{self.pair.what}: CPU ratio", report.cpu_ratio(self.pair), 1 / 3, False))
+        return goals
+
+
+def bench_reward(folder: Path, is_quick: bool) -> dict[str, Any]:
+    """All measurements. Raises BenchError, LocalError."""
+    load = os.getloadavg()[0]
+    say(f"load average {load:.2f}" + (": the machine is not quiet, do not quote what follows" if load > 0.5 else ""))
+    models = [embedded(is_quick), large(folder / "vit-b32", is_quick)]
+    folders = {model.name: model.folder for model in models}
+    with ExitStack() as stack:
+        bares = [stack.enter_context(bare_model(model.folder, NUM_PROCESSES, model.size_px)) for model in models]
+        flask = stack.enter_context(baseline(folder, folders))
+        serve = stack.enter_context(service(folder, folders))
+        benches = [Bench(model, serve, flask, bare) for model, bare in zip(models, bares, strict=True)]
+        measured = in_rounds(benches, _QUICK_ROUNDS if is_quick else _ROUNDS)
+        growth = memory_growth(serve, models[0], _WARM_UP[is_quick], _REQUESTS[is_quick])
+        say(f"memory of the replicas: {growth.before_bytes / 2**20:.0f} MiB, then {growth.after_bytes / 2**20:.0f} MiB")
+    goals = [goal for each in measured for goal in each.goals()] + [report.growth_goal(growth)]
+    return {
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load_before": round(load, 2)},
+        "versions": {name: version(name) for name in ("torch", "ray", "gunicorn", "transformers")},
+        "processes": NUM_PROCESSES,
+        "against_flask": [report.as_json(comparison) for each in measured for comparison in each.against_baseline],
+        "against_bare_model": [report.as_json(comparison) for each in measured for comparison in each.against_bare],
+        "memory": asdict(growth),
+        "goals": [asdict(goal) | {"is_reached": goal.is_reached, "line": goal.line()} for goal in goals],
+        "table": report.table(
+            [comparison for each in measured for comparison in each.against_baseline],
+            [comparison for each in measured for comparison in each.against_bare],
+        ),
+    }
+
+
+def in_rounds(benches: Sequence[Bench], num_rounds: int) -> list[Measured]:
+    """Each bench in turn, in every round. Raises BenchError."""
+    measured = [Measured(bench.model.name, is_large=bench is benches[-1]) for bench in benches]
+    for bench in benches:
+        bench.check_same_answers()
+        warm_up(bench)
+    for number in range(1, num_rounds + 1):
+        for bench, into in zip(benches, measured, strict=True):
+            for line in one_round(bench, into):
+                say(f"round {number} of {num_rounds}, {line}")
+    return measured
+
+
+def warm_up(bench: Bench) -> None:
+    """Everything is loaded, allocated and cached when the clock starts."""
+    nowhere = Comparison(f"warm-up of {bench.model.name}")
+    say(bench.single(8, nowhere))
+    for with_gradient in (False, True):
+        bench.batches(with_gradient, nowhere)
+
+
+def one_round(bench: Bench, into: Measured) -> Iterator[str]:
+    for num_callers, comparison in into.single.items():
+        yield bench.single(num_callers, comparison)
+    yield bench.unseen_texts(into.unseen)
+    yield bench.pair_cost(into.pair)
+    yield bench.batches(False, into.forward)
+    yield bench.batches(True, into.gradient)
+
+
+def say(line: str) -> None:
+    print(f"[{time.monotonic() - _started:4.0f} s] {line}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 1 with what failed on stderr."""
+    parser = argparse.ArgumentParser("deploy.bench_reward", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one short round, nothing is written")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="srpo-bench-") as folder:
+        try:
+            result = bench_reward(Path(folder), args.quick)
+        except (BenchError, LocalError, TimeoutError) as error:
+            print(f"make bench-reward: {error}", file=sys.stderr)
+            return 1
+    print("\n" + result["table"] + "\n")
+    print("\n".join(goal["line"] for goal in result["goals"]))
+    if not args.quick:
+        RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"written to {RESULT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

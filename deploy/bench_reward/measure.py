@@ -1,0 +1,166 @@
+"""The measurements, one round of each after the other, so that what else the machine does falls on both sides."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from deploy.bench_reward.bare import BareModel
+from deploy.bench_reward.load import BenchError, Seen, ask, drive
+from deploy.bench_reward.models import Served
+from deploy.bench_reward.questions import (
+    PREFERENCE_SCALE,
+    Question,
+    binary,
+    jpegs,
+    pairs,
+    to_baseline,
+    to_service,
+    unseen_pairs,
+)
+from deploy.bench_reward.servers import Server
+from services.contract import PromptPair
+
+BATCH, BATCH_CALLERS = 8, 4
+_PAIR_CALLERS = 8
+_TOLERANCE = 0.02  # of a reward: the two resize a picture a little differently
+
+
+@dataclass(slots=True)
+class Side:
+    """One side of a comparison, over all rounds."""
+
+    per_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)  # for each question
+    seconds: list[float] = field(default_factory=list)  # of every request
+
+    def add(self, seen: Seen, cpu_s: float) -> None:
+        self.per_s.append(seen.answers_per_s)
+        self.cpu_s.append(cpu_s / len(seen.seconds))
+        self.seconds += seen.seconds
+
+
+@dataclass(slots=True)
+class Comparison:
+    """`ours` against `theirs`, what is asked in words."""
+
+    what: str
+    ours: Side = field(default_factory=Side)
+    theirs: Side = field(default_factory=Side)
+
+
+@dataclass(slots=True)
+class Bench:
+    """One model on both servers, and bare."""
+
+    model: Served
+    service: Server
+    baseline: Server
+    bare: BareModel
+    pictures: list[bytes] = field(default_factory=jpegs)
+    pairs: list[PromptPair] = field(init=False)
+    unseen: Iterator[PromptPair] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pairs, self.unseen = pairs(self.model.num_prompt_lines), unseen_pairs(self.model.num_prompt_lines)
+
+    def check_same_answers(self) -> None:
+        """Both do the same work. Raises BenchError."""
+        for picture, pair in zip(self.pictures, self.pairs, strict=False):
+            ours = json.loads(ask(self.service.url, to_service(self.model.name, picture, pair)))["results"][0]["reward"]
+            ((positive, negative),) = pickle.loads(ask(self.baseline.url, self._pair_to_baseline(picture, pair)))
+            theirs = (1 + PREFERENCE_SCALE) * positive - negative
+            if abs(ours - theirs) > _TOLERANCE:
+                raise BenchError(f"{self.model.name}: the service answers {ours}, the baseline {theirs}")
+
+    def single(self, num_callers: int, into: Comparison) -> str:
+        """One picture under one pair, one forward."""
+        num = self.model.num_single[num_callers]
+        asked = list(itertools.islice(zip(itertools.cycle(self.pictures), itertools.cycle(self.pairs)), num))
+        ours = [to_service(self.model.name, *each) for each in asked]
+        theirs = [self._pair_to_baseline(*each) for each in asked]
+        return self._both(into, ours, theirs, num_callers)
+
+    def unseen_texts(self, into: Comparison) -> str:
+        """As `single`, but no text comes twice."""
+        asked = list(zip(itertools.cycle(self.pictures), itertools.islice(self.unseen, self.model.num_unseen)))
+        ours = [to_service(self.model.name, *each) for each in asked]
+        theirs = [self._pair_to_baseline(*each) for each in asked]
+        return self._both(into, ours, theirs, _PAIR_CALLERS)
+
+    def pair_cost(self, into: Comparison) -> str:
+        """An SRPO pair: asked once here; there the picture is sent and encoded for each of the two texts."""
+        num = self.model.num_single[_PAIR_CALLERS]
+        asked = list(itertools.islice(zip(itertools.cycle(self.pictures), itertools.cycle(self.pairs)), num))
+        ours = [to_service(self.model.name, *each) for each in asked]
+        theirs = [
+            to_baseline(self.model.name, picture, [text])
+            for picture, pair in asked
+            for text in (pair.positive_text, pair.negative_text)
+        ]
+        text = self._both(into, ours, theirs, _PAIR_CALLERS)
+        into.theirs.cpu_s[-1] *= 2  # two questions make a pair
+        into.theirs.per_s[-1] /= 2
+        return text
+
+    def batches(self, with_gradient: bool, into: Comparison) -> str:
+        """The binary route against the bare model, in images per second."""
+        num = self.model.num_binary[with_gradient]
+        question = binary(self.model.name, self.pairs[:BATCH], self.model.size_px, with_gradient)
+        cpu_s = self.service.cpu_seconds()
+        seen = drive(self.service.url, [question] * num, BATCH_CALLERS)
+        into.ours.add(seen, self.service.cpu_seconds() - cpu_s)
+        into.ours.per_s[-1] *= BATCH
+        into.theirs.per_s.append(self.bare.images_per_s(BATCH, max(num // 2, 1), with_gradient))
+        return _line(into)
+
+    def _both(self, into: Comparison, ours: Sequence[Question], theirs: Sequence[Question], num_callers: int) -> str:
+        for side, server, questions in (
+            (into.theirs, self.baseline, theirs),
+            (into.ours, self.service, ours),
+        ):
+            cpu_s = server.cpu_seconds()
+            seen = drive(server.url, questions, num_callers)
+            side.add(seen, server.cpu_seconds() - cpu_s)
+        return _line(into)
+
+    def _pair_to_baseline(self, picture: bytes, pair: PromptPair) -> Question:
+        return to_baseline(self.model.name, picture, [pair.positive_text, pair.negative_text])
+
+
+def _line(comparison: Comparison) -> str:
+    ours, theirs = comparison.ours.per_s[-1], comparison.theirs.per_s[-1]
+    return f"{comparison.what}: {ours:.1f}/s against {theirs:.1f}/s ({ours / theirs:.2f} x)"
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What the replicas hold before and after so many requests."""
+
+    num_requests: int
+    before_bytes: int
+    after_bytes: int
+
+    @property
+    def share(self) -> float:
+        return self.after_bytes / self.before_bytes - 1
+
+
+def memory_growth(service: Server, model: Served, num_warm_up: int, num_requests: int) -> Growth:
+    """Of single images at 8 callers, every fourth with unseen texts; these fill the text cache during the warm-up."""
+    pictures, lines = jpegs(), model.num_prompt_lines
+    known, unseen = itertools.cycle(pairs(lines)), unseen_pairs(lines)
+
+    def questions(num: int) -> Iterator[Question]:
+        for number, picture in zip(range(num), itertools.cycle(pictures), strict=False):
+            yield to_service(model.name, picture, next(known if number % 4 else unseen))
+
+    drive(service.url, list(questions(num_warm_up)), _PAIR_CALLERS)
+    before = service.replica_memory_bytes()
+    chunk = 500  # bodies made ahead, in our memory
+    for done in range(0, num_requests, chunk):
+        drive(service.url, list(questions(min(chunk, num_requests - done))), _PAIR_CALLERS)
+    return Growth(num_requests, before, service.replica_memory_bytes())

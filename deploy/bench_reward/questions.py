@@ -1,0 +1,79 @@
+"""What is asked of the servers: the same pictures and pairs in each one's own format, made before the clock runs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from deploy.settings import ROOT
+from services.contract import MEDIA_TYPE, REWARDS_PATH, SCORE_PATH, PromptPair, RewardRequest, WeightedReward
+
+PREFERENCE_SCALE = 0.1
+_NUM_PICTURES, _NUM_PROMPTS = 8, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One POST."""
+
+    path: str
+    body: bytes
+    content_type: str
+
+
+def pairs(num_lines: int) -> list[PromptPair]:
+    """Of prompts of so many lines: with a control word, one makes 8 tokens on average, six make 26."""
+    lines = (ROOT / "deploy" / "tiny" / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
+    groups = [lines[start : start + num_lines] for start in range(0, _NUM_PROMPTS * num_lines, num_lines)]
+    return [PromptPair(", ".join(group), "3D", "Flat") for group in groups]
+
+
+def unseen_pairs(num_lines: int) -> Iterator[PromptPair]:
+    """Pairs whose texts no server has seen."""
+    for number, pair in zip(itertools.count(), itertools.cycle(pairs(num_lines))):
+        yield PromptPair(f"{pair.prompt} {number}", "3D", "Flat")
+
+
+def jpegs(size_px: int = 512) -> list[bytes]:
+    """Smooth random pictures, about as large as photographs of their size."""
+    random = np.random.default_rng(0)
+    pictures = []
+    for _ in range(_NUM_PICTURES):
+        coarse = Image.fromarray(random.integers(0, 256, (size_px // 8, size_px // 8, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((size_px, size_px), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        pictures.append(buffer.getvalue())
+    return pictures
+
+
+def to_service(reward: str, jpeg: bytes, pair: PromptPair) -> Question:
+    """POST /v1/score as JSON, which takes the service less time than a form."""
+    fields = {
+        "images": [base64.b64encode(jpeg).decode("ascii")],
+        "prompt": pair.prompt,
+        "positive": pair.positive,
+        "negative": pair.negative,
+        "preference_scale": PREFERENCE_SCALE,
+        "reward": reward,
+    }
+    return Question(SCORE_PATH, json.dumps(fields).encode(), "application/json")
+
+
+def to_baseline(reward: str, jpeg: bytes, texts: Sequence[str]) -> Question:
+    return Question(f"/{reward}", pickle.dumps({"images": [jpeg], "texts": list(texts)}), "application/octet-stream")
+
+
+def binary(reward: str, pairs: Sequence[PromptPair], size_px: int, with_gradient: bool) -> Question:
+    """POST /v1/rewards as the trainer sends it: a stacked float32 image for each pair."""
+    images = np.random.default_rng(0).random((len(pairs), 3, size_px, size_px), dtype=np.float32)
+    scales = (PREFERENCE_SCALE,) * len(pairs)
+    request = RewardRequest(images, tuple(pairs), scales, (WeightedReward(reward),), with_gradient)
+    return Question(REWARDS_PATH, request.to_bytes(), MEDIA_TYPE)

@@ -1,0 +1,254 @@
+"""The manifests for KubeRay, made from the files that already say it: deploy/serve.yaml, a run file, deploy/pod.yaml.
+
+    python -m deploy.kube service > deploy/rayservice.yaml
+    python -m deploy.kube job > deploy/rayjob.yaml
+    python -m deploy.kube service --gpu | kubectl apply -f -
+    python -m deploy.kube job --run deploy/runs/flux1_dev_srpo.yaml | kubectl apply -f -
+
+So a reward, a limit or a worker count is written down once. A run that uses GPUs gets them; --gpu puts one that does
+not, or the rewards, on GPUs. Every secret is a reference (SECRET). Volume claims are for you to make, and are named
+only where they are needed: srpo-weights for model paths under /weights, srpo-outputs (ReadWriteMany) for a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.settings import ROOT
+from services.config import RunConfig, load_run_config
+
+Tree = dict[str, Any]
+
+SECRET = "srpo-ray"  # kubectl create secret generic srpo-ray --from-literal=api-keys=… --from-literal=api-key=…
+SERVICE = "srpo-reward"
+REWARD_URL = f"http://{SERVICE}-serve-svc:8000"  # the name that KubeRay gives the Kubernetes service of a RayService
+MLFLOW_URL = "http://mlflow:5000"
+RUN_FOLDER, OUTPUT_FOLDER, WEIGHTS_FOLDER = "/etc/srpo", "/outputs", "/weights"
+_HEALTH = ("/api/healthz", 52365)  # of Ray's agent on every node: its raylet, on the head the GCS too
+_SERVE_HEALTH = ("/-/healthz", 8000)  # of the node's HTTP proxy, which drains before it goes
+_FAST_PROXY = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")  # deploy/local.py has them too
+_RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}  # of the autoscaler beside the head
+_LOOPBACK = ("//127.0.0.1", "//localhost")  # a run file that names this machine means services of the same cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Requests and limits of a pod, which are equal: Ray counts on what it is told. Memory is a starting point."""
+
+    cpus: int
+    memory_gib: int
+    gpus: int = 0
+
+    @property
+    def resources(self) -> Tree:
+        amounts = {"cpu": str(self.cpus), "memory": f"{self.memory_gib}Gi"}
+        if self.gpus:
+            amounts["nvidia.com/gpu"] = str(self.gpus)
+        return {"requests": amounts, "limits": dict(amounts)}
+
+
+_HEAD = Size(cpus=2, memory_gib=4)
+_SUBMITTER = Size(cpus=1, memory_gib=1)
+
+
+def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
+    """The reward service. `serve` is a Serve configuration; on a cluster it listens on all interfaces, with keys."""
+    serve = copy.deepcopy(serve)
+    serve["http_options"]["host"] = "0.0.0.0"
+    if on_gpu:
+        _move_to_gpus(serve)
+    deployments = [each for application in serve["applications"] for each in application["deployments"]]
+    options = [each.get("ray_actor_options", {}) for each in deployments]
+    size = Size(
+        cpus=max(2, math.ceil(max(each.get("num_cpus", 1) for each in options))),
+        memory_gib=8,
+        gpus=math.ceil(max(each.get("num_gpus", 0) for each in options)),
+    )
+    environment = [_secret("SRPO_API_KEYS", "api-keys"), *({"name": each, "value": "1"} for each in _FAST_PROXY)]
+    volumes = _weights(_strings(serve))
+    head = _pod(_HEAD, environment, volumes, ports={"serve": 8000})
+    worker = _pod(size, environment, volumes, ports={"serve": 8000})
+    (replica,) = worker["spec"]["containers"]
+    replica["readinessProbe"] = _probe(_SERVE_HEALTH, num_failures=1)  # no requests to a node that cannot take them
+    head["spec"]["automountServiceAccountToken"] = True  # the autoscaler beside it asks for pods
+    cluster = _cluster(head, worker, group="replicas", num_workers=1, max_workers=4)
+    cluster |= {"enableInTreeAutoscaling": True, "autoscalerOptions": {"securityContext": _RIGHTS}}
+    spec = {
+        "serveConfigV2": yaml.safe_dump(serve, sort_keys=False, width=1000),
+        "rayClusterDeletionDelaySeconds": serve["http_options"]["request_timeout_s"] + 10,  # after an upgrade, to drain
+        "rayClusterConfig": cluster,
+    }
+    return [_resource("RayService", SERVICE, spec)]
+
+
+def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
+    """A training as a Ray job on a cluster of its own, one pod for each worker, with its run file as a ConfigMap."""
+    tree = run.model_dump(mode="json", exclude_unset=True)
+    tree["output_dir"] = OUTPUT_FOLDER
+    if on_gpu:
+        tree.setdefault("engine", {})["use_gpu"] = True
+    if any(here in run.reward_service.url for here in _LOOPBACK):
+        tree.setdefault("reward_service", {})["url"] = REWARD_URL
+    if any(here in run.tracking.uri for here in _LOOPBACK):
+        tree.setdefault("tracking", {})["uri"] = MLFLOW_URL
+    engine = RunConfig.model_validate(tree).engine
+
+    name = "srpo-" + run.name.replace("_", "-")
+    cpus = math.ceil(engine.cpus_per_worker)
+    size = Size(cpus, memory_gib=96, gpus=1) if engine.use_gpu else Size(cpus, memory_gib=4)
+    environment = [
+        _secret("SRPO_API_KEY", "api-key"),
+        _secret("MLFLOW_TRACKING_USERNAME", "mlflow-username", optional=True),
+        _secret("MLFLOW_TRACKING_PASSWORD", "mlflow-password", optional=True),
+    ]
+    volumes = [
+        (RUN_FOLDER, {"name": "run", "configMap": {"name": name}}),
+        (OUTPUT_FOLDER, {"name": "outputs", "persistentVolumeClaim": {"claimName": "srpo-outputs"}}),
+        *_weights(_strings(tree)),
+    ]
+    head, worker = _pod(_HEAD, environment, volumes), _pod(size, environment, volumes)
+    submitter = _pod(_SUBMITTER, [], [], is_ray_node=False)
+    submitter["spec"]["restartPolicy"] = "Never"
+    spec = {
+        "entrypoint": f"cd /app && exec python -m trainer.launch {RUN_FOLDER}/run.yaml",
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": 3600,  # for a look at the logs
+        "submitterPodTemplate": submitter,
+        "rayClusterSpec": _cluster(head, worker, "trainers", engine.num_workers, engine.num_workers),
+    }
+    run_file = {"run.yaml": yaml.safe_dump(tree, sort_keys=False, width=1000)}
+    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": run_file}
+    return [config_map, _resource("RayJob", name, spec)]
+
+
+def _move_to_gpus(serve: Tree) -> None:
+    """Each reward's model on the GPU of its replica, in place."""
+    for application in serve["applications"]:
+        for reward in application["args"]["rewards"].values():
+            reward["device"] = "cuda"
+        for deployment in application["deployments"]:
+            deployment.setdefault("ray_actor_options", {}).setdefault("num_gpus", 1)
+
+
+def _resource(kind: str, name: str, spec: Tree) -> Tree:
+    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
+def _cluster(head: Tree, worker: Tree, group: str, num_workers: int, max_workers: int) -> Tree:
+    """Work is for the workers: the head, which cannot be replaced, offers Ray no CPU."""
+    return {
+        "rayVersion": version("ray"),
+        "authOptions": {"mode": "token"},  # KubeRay makes the token's secret and hands it to every pod
+        "headGroupSpec": {"rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"}, "template": head},
+        "workerGroupSpecs": [
+            {
+                "groupName": group,
+                "replicas": num_workers,
+                "minReplicas": num_workers,
+                "maxReplicas": max_workers,
+                "rayStartParams": {},
+                "template": worker,
+            }
+        ],
+    }
+
+
+def _pod(
+    size: Size,
+    environment: Sequence[Tree],
+    volumes: Sequence[tuple[str, Tree]],
+    *,
+    ports: Mapping[str, int] | None = None,
+    is_ray_node: bool = True,
+) -> Tree:
+    """deploy/pod.yaml with a size, variables and volumes (mount path, volume); a Ray node has probes besides."""
+    pod: Tree = yaml.safe_load((ROOT / "deploy" / "pod.yaml").read_text(encoding="utf-8"))
+    (container,) = pod["spec"]["containers"]
+    container["resources"] = size.resources
+    container["env"] += environment
+    for path, volume in volumes:
+        container["volumeMounts"].append({"name": volume["name"], "mountPath": path})
+        pod["spec"]["volumes"].append(volume)
+    if ports:
+        container["ports"] = [{"name": name, "containerPort": port} for name, port in ports.items()]
+    if size.gpus:
+        pod["spec"]["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    if is_ray_node:
+        container["startupProbe"] = _probe(_HEALTH, num_failures=60)
+        container["livenessProbe"] = _probe(_HEALTH, num_failures=24)  # two minutes: a restart loses what runs there
+        container["readinessProbe"] = _probe(_HEALTH, num_failures=3)
+    return pod
+
+
+def _probe(place: tuple[str, int], num_failures: int) -> Tree:
+    path, port = place
+    request = {"path": path, "port": port}
+    return {"httpGet": request, "periodSeconds": 5, "timeoutSeconds": 4, "failureThreshold": num_failures}
+
+
+def _secret(variable: str, key: str, optional: bool = False) -> Tree:
+    reference: Tree = {"name": SECRET, "key": key}
+    return {"name": variable, "valueFrom": {"secretKeyRef": reference | ({"optional": True} if optional else {})}}
+
+
+def _weights(texts: Sequence[str]) -> list[tuple[str, Tree]]:
+    """The claim with the weights, where a setting names a path in it."""
+    if not any(text.startswith(f"{WEIGHTS_FOLDER}/") for text in texts):
+        return []
+    claim = {"claimName": "srpo-weights", "readOnly": True}
+    return [(WEIGHTS_FOLDER, {"name": "weights", "persistentVolumeClaim": claim})]
+
+
+def _strings(tree: object) -> list[str]:
+    """All texts in a tree of settings."""
+    if isinstance(tree, Mapping):
+        return [text for value in tree.values() for text in _strings(value)]
+    if isinstance(tree, list):
+        return [text for value in tree for text in _strings(value)]
+    return [tree] if isinstance(tree, str) else []
+
+
+class _Dumper(yaml.SafeDumper):
+    """As people write YAML: no aliases, and a text of several lines as a block."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the manifests. Raises what a wrong run file or Serve configuration raises."""
+    parser = argparse.ArgumentParser("deploy.kube", description="Manifests for KubeRay, to standard output.")
+    parser.add_argument("what", choices=("service", "job"))
+    parser.add_argument("--gpu", action="store_true", help="on GPU nodes, whatever the file says")
+    parser.add_argument("--serve-config", type=Path, default=ROOT / "deploy" / "serve.yaml")
+    parser.add_argument("--run", type=Path, default=ROOT / "deploy" / "runs" / "tiny_srpo.yaml")
+    args = parser.parse_args(arguments)
+    if args.what == "service":
+        manifests = rayservice(yaml.safe_load(args.serve_config.read_text(encoding="utf-8")), args.gpu)
+    else:
+        manifests = rayjob(load_run_config(args.run), args.gpu)
+    made_from = args.serve_config if args.what == "service" else args.run
+    print(f"# Made by `python -m deploy.kube {args.what}` from {made_from.name} and pod.yaml; change those, not this.")
+    print(yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=120), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

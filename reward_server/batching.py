@@ -1,0 +1,119 @@
+"""What waits while the model is busy is its next batch: no timer, so a lone caller never waits, and a bounded queue.
+
+    batcher = Batcher(score_batch, max_batch_images=64, max_queued_images=512)
+    answer = await batcher.submit(job)       # raises Overloaded when too much waits already
+
+Knows neither torch nor ray; lives in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from reward_server.metrics import PHASE_SECONDS, QUEUED_IMAGES, Record, ignore
+
+_MAX_RETRY_AFTER_S = 60
+
+
+class Sized(Protocol):
+    @property
+    def num_images(self) -> int: ...
+
+
+JobT = TypeVar("JobT", bound=Sized)
+AnswerT = TypeVar("AnswerT")
+
+
+class Overloaded(RuntimeError):
+    """Too much waits already. `retry_after_s`: whole seconds after which what waits now should be done."""
+
+    def __init__(self, reason: str, retry_after_s: int = 1) -> None:
+        super().__init__(reason, retry_after_s)  # both, so that it survives pickling between replicas
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.reason}; try again in {self.retry_after_s} s"
+
+
+@dataclass(slots=True)
+class _Waiting(Generic[JobT, AnswerT]):
+    job: JobT
+    answer: asyncio.Future[AnswerT]
+    since: float
+
+
+class Batcher(Generic[JobT, AnswerT]):
+    """Runs `score_batch` on one batch after another; it returns one answer for each job, in order."""
+
+    def __init__(
+        self,
+        score_batch: Callable[[Sequence[JobT]], Awaitable[Sequence[AnswerT]]],
+        max_batch_images: int,
+        max_queued_images: int,
+        record: Record = ignore,
+    ) -> None:
+        self._score_batch = score_batch
+        self._max_batch_images = max_batch_images
+        self._max_queued_images = max_queued_images
+        self._record = record
+        self._queue: deque[_Waiting[JobT, AnswerT]] = deque()
+        self._queued_images = 0
+        self._seconds_per_image = 0.0  # of the last batch
+        self._worker: asyncio.Task[None] | None = None
+
+    async def submit(self, job: JobT) -> AnswerT:
+        """The job's answer. Raises Overloaded, or whatever score_batch raised for the job's batch.
+
+        A job larger than the whole queue is taken when nothing else waits: it could never be otherwise.
+        """
+        if self._queue and self._queued_images + job.num_images > self._max_queued_images:
+            wait_s = math.ceil(self._queued_images * self._seconds_per_image)
+            raise Overloaded(f"{self._queued_images} images wait already", min(max(wait_s, 1), _MAX_RETRY_AFTER_S))
+        waiting = _Waiting[JobT, AnswerT](job, asyncio.get_running_loop().create_future(), time.perf_counter())
+        self._queue.append(waiting)
+        self._count(job.num_images)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await waiting.answer
+
+    async def _work(self) -> None:
+        """One batch after another until nothing waits."""
+        await asyncio.sleep(0)  # who became ready in the same turn of the loop comes along
+        while batch := self._next_batch():
+            start = time.perf_counter()
+            for each in batch:
+                self._record(PHASE_SECONDS, start - each.since, {"phase": "wait"})
+            outcome = asyncio.ensure_future(self._score_batch([each.job for each in batch]))
+            await asyncio.wait([outcome])
+            if (error := outcome.exception()) is not None:  # each of the batch's callers has to deal with it
+                for each in batch:
+                    if not each.answer.done():
+                        each.answer.set_exception(error)
+                continue
+            self._seconds_per_image = (time.perf_counter() - start) / sum(each.job.num_images for each in batch)
+            for each, answer in zip(batch, outcome.result(), strict=True):
+                if not each.answer.done():  # its caller may have gone
+                    each.answer.set_result(answer)
+
+    def _next_batch(self) -> list[_Waiting[JobT, AnswerT]]:
+        """The jobs that waited longest, as many as fit, at least one; those whose callers have gone are dropped."""
+        batch: list[_Waiting[JobT, AnswerT]] = []
+        num_images = 0
+        while self._queue and (not batch or num_images + self._queue[0].job.num_images <= self._max_batch_images):
+            waiting = self._queue.popleft()
+            self._count(-waiting.job.num_images)
+            if not waiting.answer.done():
+                batch.append(waiting)
+                num_images += waiting.job.num_images
+        return batch
+
+    def _count(self, num_images: int) -> None:
+        self._queued_images += num_images
+        self._record(QUEUED_IMAGES, self._queued_images, {})

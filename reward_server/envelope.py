@@ -1,0 +1,63 @@
+"""What every answer carries: the request's id, and headers that keep a browser strict. What fails is counted here.
+
+Outermost of the app's middlewares, so that the guard's refusals carry it too.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from http import HTTPStatus
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from reward_server.metrics import REJECTS, Record
+from services.contract import REQUEST_ID_HEADER
+
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # anything else could forge lines in a log
+# The page shows a picture from the user's disk (blob:) and has its icon in a data: URL; all else comes from here.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+_HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+}
+
+
+class Envelope:
+    """Gives every request its id, the caller's own if it is a plain one, before anything else sees it."""
+
+    def __init__(self, app: ASGIApp, record: Record) -> None:
+        self._app, self._record = app, record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = sent if _PLAIN_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_in_envelope(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                add_headers(MutableHeaders(scope=message), request_id)
+                count_reject(self._record, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, send_in_envelope)
+
+
+def add_headers(headers: MutableHeaders, request_id: str) -> None:
+    headers[REQUEST_ID_HEADER] = request_id
+    for name, value in _HEADERS.items():
+        headers.setdefault(name, value)
+
+
+def count_reject(record: Record, status: int) -> None:
+    if status >= HTTPStatus.BAD_REQUEST:
+        record(REJECTS, 1, {"reason": HTTPStatus(status).phrase.lower().replace(" ", "_")})

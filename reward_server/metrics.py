@@ -1,0 +1,62 @@
+"""What the reward service counts and times, by name, and the one function through which it is told.
+
+Whoever serves hands in a `Record` (deployment.py: Ray's Prometheus export); app, guard and scorer know only this file.
+
+    with phase(record, "decode"):
+        request = RewardRequest.from_bytes(body)
+    record(REJECTS, 1, {"reason": "too_large"})
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+Record = Callable[["Metric", float, Mapping[str, str]], None]  # metric, value, its labels; cheap, never raises
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """counter: the value is added; histogram: observed; gauge: replaces the last one."""
+
+    name: str
+    kind: Literal["counter", "histogram", "gauge"]
+    description: str
+    labels: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] = ()  # of a histogram's buckets
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+
+IMAGES = Metric("srpo_reward_images", "counter", "images scored", ("reward",))
+BATCH_IMAGES = Metric("srpo_reward_batch_images", "histogram", "images in one forward", ("reward",), _SIZES)
+PHASE_SECONDS = Metric(
+    "srpo_reward_phase_seconds",
+    "histogram",
+    "decode and encode of a message, wait of a request for the model, forward and backward of a batch",
+    ("phase",),
+    _SECONDS,
+)
+TEXT_CACHE_HITS = Metric("srpo_reward_text_cache_hits", "counter", "texts whose embedding was at hand", ("reward",))
+TEXT_CACHE_MISSES = Metric("srpo_reward_text_cache_misses", "counter", "texts that had to be embedded", ("reward",))
+REJECTS = Metric("srpo_reward_rejects", "counter", "requests answered with an error", ("reason",))
+QUEUED_IMAGES = Metric("srpo_reward_queued_images", "gauge", "images that wait for the model")
+METRICS = (IMAGES, BATCH_IMAGES, PHASE_SECONDS, TEXT_CACHE_HITS, TEXT_CACHE_MISSES, REJECTS, QUEUED_IMAGES)
+
+Phase = Literal["decode", "wait", "forward", "backward", "encode"]
+
+
+def ignore(metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+    """A Record for those who do not measure."""
+
+
+@contextmanager
+def phase(record: Record, name: Phase) -> Iterator[None]:
+    """Time a block that ends well; what fails is counted as a reject, not timed."""
+    start = time.perf_counter()
+    yield
+    record(PHASE_SECONDS, time.perf_counter() - start, {"phase": name})

@@ -1,0 +1,66 @@
+"""CLIP and PickScore: a CLIPModel of transformers with the preprocessing that its own files describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from reward_server.models.preprocess import ResizeAndCrop
+from reward_server.models.protocol import check_length
+from reward_server.models.views import Crops, embed_views
+from reward_server.models.weights import WeightsArgs, find_folder, from_pretrained, verified_checksum, weight_files
+
+
+class ClipArgs(WeightsArgs):
+    """A CLIPModel: a folder (relative: to the checkout) or a hub id (openai/clip-vit-base-patch32)."""
+
+    kind: Literal["clip"]
+    crops: Crops = 0
+
+
+class PickScoreArgs(WeightsArgs):
+    """PickScore v1 (arXiv 2305.01569), the hub id yuvalkirstain/PickScore_v1 or a folder with its files.
+
+    The published score is logit_scale·cosine (a temperature of about 1/100 for their softmax over images). The reward
+    here is the cosine, as for every other CLIP, so that preference_scale and margins mean the same; logit_scale is
+    read from the checkpoint, told with the model, and used for probabilities.
+    """
+
+    kind: Literal["pickscore"]
+    crops: Crops = 0
+
+
+class ClipReward:
+    """Any checkpoint in the format of transformers' CLIPModel: a TwoTower."""
+
+    def __init__(self, args: ClipArgs | PickScoreArgs) -> None:
+        # Imported on use, so that serving one kind of model does not pay for the other's library.
+        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+        folder = find_folder(args.path)
+        self.checksum = verified_checksum(weight_files(folder), args)
+        self._device, self._crops = torch.device(args.device), args.crops
+        self._model = from_pretrained(CLIPModel, folder).to(self._device)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._preprocess = ResizeAndCrop.of_processor(CLIPImageProcessor.from_pretrained(folder))
+        self.max_text_tokens = int(self._model.config.text_config.max_position_embeddings)
+        self.logit_scale: float | None = float(self._model.logit_scale.exp())
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        crop_px = self._preprocess.height_px, self._preprocess.width_px
+        return embed_views(images.to(self._device), self._preprocess, self._encode, self._crops, crop_px)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        embeds: Tensor = self._model.get_image_features(pixel_values=pixels).pooler_output
+        return embeds
+
+    @torch.no_grad()
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        for text in texts:
+            check_length(text, len(self._tokenizer(text).input_ids), self.max_text_tokens)
+        tokens = self._tokenizer(list(texts), padding=True, return_tensors="pt").to(self._device)
+        return normalize(self._model.get_text_features(**tokens).pooler_output, dim=-1)

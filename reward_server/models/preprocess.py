@@ -1,0 +1,93 @@
+"""Published image preprocessing as differentiable tensor operations: what is PIL elsewhere, with a gradient here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torchvision.transforms.functional import normalize
+
+from reward_server.models.weights import WeightsError
+
+_SIDES = ("height", "width")
+_RESAMPLE_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as written in preprocessor_config.json
+
+
+def resize(images: Tensor, height_px: int, width_px: int, mode: str = "bicubic") -> Tensor:
+    """What torchvision's Resize does to float images, antialiasing included; the identity where the size fits."""
+    if images.shape[-2:] == (height_px, width_px):
+        return images
+    return interpolate(images, size=(height_px, width_px), mode=mode, antialias=True)
+
+
+def fit_and_pad(images: Tensor, size_px: int) -> Tensor:
+    """hpsv2's own geometry: the longest side becomes size_px (bicubic), the rest is filled with black, centred.
+
+    The fill comes before the normalisation, so it is black to the model. (hpsv2 leaves an image whose longest side
+    already fits unpadded, and then fails on it if it is not square; it is padded here.)
+    """
+    height, width = images.shape[-2:]
+    scale = size_px / max(height, width)
+    images = resize(images, max(1, round(height * scale)), max(1, round(width * scale)))
+    free_height, free_width = size_px - images.shape[-2], size_px - images.shape[-1]
+    left, top = free_width // 2, free_height // 2
+    return pad(images, [left, free_width - left, top, free_height - top])
+
+
+class ResizeAndCrop:
+    """Resize, centre crop, normalise, as transformers' image processors and torchvision's transforms do it.
+
+    `size`: {"height", "width"} or {"shortest_edge"}. `crop`: {"height", "width"} of at most that, or empty.
+    `round_start`: where a crop starts that leaves an odd number of pixels; transformers rounds down, torchvision to
+    even. `height_px`, `width_px`: what the model sees. Raises WeightsError where these settings do not fit.
+    """
+
+    def __init__(
+        self,
+        size: Mapping[str, int],
+        crop: Mapping[str, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        mode: str = "bicubic",
+        round_start: Callable[[float], int] = round,
+    ) -> None:
+        smallest = dict.fromkeys(_SIDES, size.get("shortest_edge", 0)) | dict(size)
+        final = crop or size
+        if any(not 0 < final.get(side, 0) <= smallest[side] for side in _SIDES):
+            raise WeightsError(f"preprocessing with size {dict(size)} and crop {dict(crop)} is not supported")
+        self.height_px, self.width_px = final["height"], final["width"]
+        self._size, self._mode, self._round_start = size, mode, round_start
+        self._mean, self._std = list(mean), list(std)
+
+    @classmethod
+    def of_processor(cls, processor: Any) -> ResizeAndCrop:
+        """What a CLIPImageProcessor or SiglipImageProcessor says. WeightsError naming what has no counterpart here."""
+        if processor.resample not in _RESAMPLE_MODES:
+            raise WeightsError(f"preprocessing with resample {processor.resample} is not supported; 2 and 3 are")
+        size = _set_entries(processor.size) if processor.do_resize else {}
+        crop = _set_entries(processor.crop_size) if processor.do_center_crop else {}
+        mode = _RESAMPLE_MODES[processor.resample]
+        return cls(size, crop, processor.image_mean, processor.image_std, mode=mode, round_start=math.floor)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(batch, 3, height, width) in [0, 1] -> (batch, 3, height_px, width_px), normalised."""
+        height, width = self._resized_px(*images.shape[-2:])
+        # The published code resizes bytes, which cannot overshoot as a bicubic kernel does.
+        images = resize(images, height, width, self._mode).clamp(0, 1)
+        top, left = self._round_start((height - self.height_px) / 2), self._round_start((width - self.width_px) / 2)
+        images = images[..., top : top + self.height_px, left : left + self.width_px]
+        return normalize(images, self._mean, self._std)
+
+    def _resized_px(self, height: int, width: int) -> tuple[int, int]:
+        edge = self._size.get("shortest_edge")
+        if edge is None:
+            return self._size["height"], self._size["width"]
+        return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+
+
+def _set_entries(size: Mapping[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in dict(size).items() if value is not None}

@@ -1,0 +1,54 @@
+"""Global view and native-resolution crops: a 224-pixel downscale hides texture, a crop at full resolution shows it.
+
+With `crops: n` the image embedding is the mean of the unit embeddings of the whole image and of n crops. Similarity is
+linear in it, so similarity (and reward) is the mean over the views, at (n + 1) times the cost of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Crops = Annotated[int, Field(ge=0, le=16)]  # 0: the global view alone
+
+
+def embed_views(
+    images: Tensor,
+    preprocess: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    num_crops: int,
+    crop_px: tuple[int, int],
+) -> Tensor:
+    """Mean over the views of unit embeddings: (batch, embedding), in one forward of batch·(num_crops + 1) views."""
+    views = [images, *native_crops(images, num_crops, crop_px)]
+    embeds = normalize(encode(torch.cat([preprocess(view) for view in views])), dim=-1)
+    return embeds.unflatten(0, (len(views), len(images))).mean(dim=0)
+
+
+def native_crops(images: Tensor, num_crops: int, crop_px: tuple[int, int]) -> list[Tensor]:
+    """num_crops windows of crop_px (height, width) in a grid spread evenly from edge to edge, each (batch, 3, …).
+
+    The grid has as many rows and columns as suit the image's shape; a window is cut to the image where that is
+    smaller. An image that is no larger than one window in both directions has no crops: it is its own.
+    """
+    height, width = images.shape[-2:]
+    window_height, window_width = min(crop_px[0], height), min(crop_px[1], width)
+    if num_crops == 0 or (window_height, window_width) == (height, width):
+        return []
+    divisors = [rows for rows in range(1, num_crops + 1) if num_crops % rows == 0]
+    rows = min(divisors, key=lambda rows: abs(rows * rows * width - num_crops * height))
+    return [
+        images[..., top : top + window_height, left : left + window_width]
+        for top in _starts(height - window_height, rows)
+        for left in _starts(width - window_width, num_crops // rows)
+    ]
+
+
+def _starts(free_px: int, count: int) -> list[int]:
+    """Where `count` windows start that leave free_px: the first at 0, the last at free_px; a single one is centred."""
+    return [round(free_px * index / (count - 1)) for index in range(count)] if count > 1 else [free_px // 2]

@@ -1,0 +1,89 @@
+"""PNG, JPEG and WebP bytes of strangers into pixels: looked at before they are decoded, whole or not at all.
+
+    picture = open_picture(data, "images[0]")     # header only: picture.size is known, nothing is decoded
+    image = read_pixels(picture, "images[0]")     # (3, height_px, width_px) uint8, as a viewer shows it
+    image = read_picture(Path("cat.jpg"))         # the same of a file
+
+Not here: colour profiles (pixels are taken as sRGB) and animations (refused, rather than judged by a frame).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from services.contract import ContractError
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_JPEG_KINDS = ("JPEG", "MPO")  # MPO: phones append a depth map or a preview to a JPEG; the first picture is the photo
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {  # how to undo each EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_JPEG_SCAN = b"\xff\xda"  # cannot occur in a scan's own data
+_MAX_JPEG_SCANS = 100  # each is a pass over all pixels, and may be a few bytes long; encoders write about ten
+# All that Pillow's decoders raise at damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+
+
+class PictureError(ContractError):
+    """Bytes that are no picture, not a whole one, or not one that is read here; the text names which and why."""
+
+
+def open_picture(data: bytes, name: str) -> Image.Image:
+    """Read the header. Raises PictureError; whether the size is allowed is the caller's to decide."""
+    try:
+        picture = Image.open(BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{name} has far too many pixels: {error}") from error
+    except _DAMAGE as error:
+        raise PictureError(f"{name} is not a PNG, JPEG or WebP picture") from error
+    if picture.format in _JPEG_KINDS:
+        if data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
+            raise PictureError(f"{name} is a JPEG of more than {_MAX_JPEG_SCANS} scans")
+    elif getattr(picture, "n_frames", 1) != 1:
+        raise PictureError(f"{name} is an animation; send one frame")
+    return picture
+
+
+def read_pixels(picture: Image.Image, name: str) -> NDArray[np.uint8]:
+    """(3, height_px, width_px): upright as EXIF says, transparency laid on white. Raises PictureError for damage."""
+    try:
+        picture.load()  # an incomplete file is an error, not a grey area
+        orientation = picture.getexif().get(_EXIF_ORIENTATION)
+        flat = _flatten(picture)
+    except _DAMAGE as error:
+        raise PictureError(f"{name} is damaged or incomplete ({type(error).__name__})") from error
+    upright = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
+    return np.ascontiguousarray(np.asarray(upright).transpose(2, 0, 1))
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """(3, height_px, width_px) of a file. Raises PictureError naming it."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot read image {path}: {error.strerror or error}") from error
+    return read_pixels(open_picture(data, str(path)), str(path))
+
+
+def _flatten(picture: Image.Image) -> Image.Image:
+    """RGB. Of 16 bits the high ones are taken, as Pillow itself does for 16-bit colours (but not for 16-bit greys)."""
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -1,0 +1,29 @@
+"""Workers as Ray Train starts them, without Ray: processes with the environment that a process group needs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+
+def in_workers(num_workers: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Call function(rank, *arguments) in each worker; it joins the process group itself. Raises what one raises."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(_worker, (num_workers, port, function, arguments), nprocs=num_workers)
+
+
+def _worker(rank: int, num_workers: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    function(rank, *arguments)
+    dist.barrier()  # a worker that leaves early aborts the others' connection
+    dist.destroy_process_group()

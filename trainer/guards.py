@@ -1,0 +1,94 @@
+"""Numbers of pictures by which a policy is seen to go astray: pure statistics, tensors in, tensors out.
+
+A reward can be pleased by a tint, by contrast, or by the same picture again and again. None of these numbers knows the
+reward or the words; each is one formula, with its source where it has one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DARK = 0.2  # luma below which a pixel counts as dark
+_EDGE = 0.1  # change of luma per pixel from which a pixel counts as an edge
+_COLOUR_LEVELS = 4  # per channel: 64 colours
+_CELLS = 4  # rows and columns of the fixed features
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
+
+
+def picture_statistics(images: Tensor) -> dict[str, Tensor]:
+    """By name, (num_images,) float64 of images (num_images, 3, height, width) uint8.
+
+    saturation: mean over pixels of (max − min) / max of the channels, 0 for black (HSV; Smith 1978); in [0, 1].
+    dark_share: share of pixels with luma below 0.2.
+    edge_density: share of pixels where luma changes by 0.1 or more a pixel (Sobel's operator).
+    colour_entropy: −Σ p log2 p over 64 colours, 4 levels a channel, in bits; at most 6.
+    """
+    pixels = images.double() / 255
+    brightest, darkest = pixels.amax(dim=1), pixels.amin(dim=1)
+    saturation = torch.where(brightest > 0, (brightest - darkest) / brightest.clamp(min=1e-9), 0.0)
+    return {
+        "saturation": saturation.mean(dim=(1, 2)),
+        "dark_share": (_luma(pixels) < _DARK).double().mean(dim=(1, 2)),
+        "edge_density": (_edge_strength(pixels) >= _EDGE).double().mean(dim=(1, 2)),
+        "colour_entropy": _colour_entropy(images),
+    }
+
+
+def picture_features(images: Tensor) -> Tensor:
+    """Features (num_images, 64) that need no network: mean colour and mean edge strength in 4 × 4 cells.
+
+    They stand in for a judge's features where a run has no judge: they see colour, layout and contrast, not content.
+    """
+    pixels = images.double() / 255
+    layers = torch.cat([pixels, _edge_strength(pixels)[:, None]], dim=1)
+    return F.adaptive_avg_pool2d(layers, _CELLS).flatten(1)
+
+
+def diversity(features: Tensor) -> Tensor:
+    """Mean Euclidean distance of all pairs of features (…, n, d), n ≥ 2, of one set each; (…)."""
+    num = features.shape[-2]
+    if num < 2:
+        raise ValueError(f"{num} picture has no diversity: two or more are needed")
+    return torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=(-2, -1)) / (
+        num * (num - 1)
+    )
+
+
+def pixel_distance(images: Tensor, base: Tensor) -> Tensor:
+    """Mean absolute difference of pixels in [0, 1], (num_images,), of uint8 images of the same prompts and seeds."""
+    return (images.double() - base.double()).abs().mean(dim=(1, 2, 3)) / 255
+
+
+def feature_distance(features: Tensor, base: Tensor) -> Tensor:
+    """Euclidean distance (num_images,) of features (num_images, d) to those of the base model's pictures."""
+    return (features - base).norm(dim=1)
+
+
+def common_mode(positive: Tensor, negative: Tensor) -> Tensor:
+    """(positive + negative) / 2, (num_images,): what the relative reward positive − negative does not see.
+
+    Where it rises above the base model's, the pictures please the reward model whatever the words (METHOD.md).
+    """
+    return (positive + negative) / 2
+
+
+def _luma(pixels: Tensor) -> Tensor:
+    return torch.einsum("nchw,c->nhw", pixels, pixels.new_tensor(_LUMA))
+
+
+def _edge_strength(pixels: Tensor) -> Tensor:
+    """Change of luma per pixel (num_images, height, width), by Sobel's operator / 8; a border repeats its pixels."""
+    across = pixels.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
+    kernels = torch.stack([across, across.T])[:, None]
+    slopes = F.conv2d(F.pad(_luma(pixels)[:, None], (1, 1, 1, 1), mode="replicate"), kernels)
+    return slopes.norm(dim=1)
+
+
+def _colour_entropy(images: Tensor) -> Tensor:
+    levels = images.long() * _COLOUR_LEVELS // 256
+    colours = (levels[:, 0] * _COLOUR_LEVELS + levels[:, 1]) * _COLOUR_LEVELS + levels[:, 2]
+    counts = torch.stack([each.bincount(minlength=_COLOUR_LEVELS**3) for each in colours.flatten(1)]).double()
+    shares = counts / counts.sum(dim=1, keepdim=True)
+    return torch.special.entr(shares).sum(dim=1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
