@@ -200,7 +200,9 @@ def test_a_run_leaves_numbers_pictures_and_files(undisturbed: Run) -> None:
     assert {"load", "base_evaluation", "steps", "aligned_evaluation", "export"} <= set(summary["seconds"])
     assert undisturbed.record.info.status == "FINISHED"
     assert [step for step, _ in undisturbed.history("eval/reward")] == [0, NUM_STEPS]
-    for metric in ("loss", "grad_norm", "reward_denoise", "reward_invert", "seconds_rollout", "seconds_reward"):
+    metrics = {"loss", "grad_norm", "reward_denoise", "reward_invert", "seconds_rollout", "seconds_reward"}
+    metrics |= {"discount_denoise", "tiny/preference_scale_denoise", "recovery_weight_invert"}  # λ, k and w
+    for metric in metrics:
         assert [step for step, _ in undisturbed.history(metric)] == list(range(1, NUM_STEPS + 1))
     assert undisturbed.record.data.params["engine.zero_stage"] == "2"
     assert {"undisturbed.yaml", "evaluation.json", "before_after.png", "model"} <= undisturbed.artifacts()
