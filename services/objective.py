@@ -135,6 +135,9 @@ class RewardConfig(Frozen):
     # An image whose plain difference of similarities under the wanted pair (k = 0) has reached this is done: neither
     # branch pushes it further. Real pictures of the wanted kind say where; beyond them lies reward hacking.
     satisfied_at: float | None = None  # None: never
+    # Takes its mean over the pixels off each channel of the image gradient, so that a tint of the whole picture, the
+    # cheapest way to please a reward, earns nothing.
+    ignores_tint: bool = False
 
     def preference_scale(self, branch: BranchName) -> Schedule:
         return self.preference_scale_denoise if branch == "denoise" else self.preference_scale_invert

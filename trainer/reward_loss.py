@@ -66,6 +66,8 @@ class BranchReward:
         Raises ValueError, naming the reward, where an answer would train noise: no gradient, numbers that are not
         finite, or a kind of reward that RewardConfig.pair does not fit.
         """
+        if self.reward.ignores_tint:
+            images = hold_tint(images)
         if self.reward.pair == "noised_image":
             return self._against_noised(images, pairs, image_noise, score)
         asked, scales = self.ask(pairs)
@@ -115,6 +117,15 @@ class BranchReward:
         if response.negative_similarities.any():
             raise ValueError(f"reward {self.reward.name} reads text: set its pair to words")
         return attach_gradient(images, response)
+
+
+def hold_tint(images: Tensor) -> Tensor:
+    """The same images (batch, 3, height, width), whose gradient has mean 0 over the pixels of each channel.
+
+    It is the gradient of R(images − mean + m) at m = mean: of the reward with the mean colour held where it is.
+    """
+    mean = images.mean(dim=(2, 3), keepdim=True)
+    return images - (mean - mean.detach())
 
 
 def _array(images: Tensor) -> Float32:

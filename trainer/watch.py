@@ -39,7 +39,7 @@ class Watch:
         panel: Panel | None,
         device: torch.device,
     ) -> None:
-        self._guard, self._num_steps = guard, config.num_steps
+        self._guard, self._num_steps, self._wanted = guard, config.num_steps, _wanted(config)
         self._panel, self._device = panel, device
         self._base_path = config.output_dir / config.name / _BASE_PICTURES
         self._base: Observations | None = None
@@ -101,7 +101,10 @@ class Watch:
             self._base = seen
             self._base_path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"images": images}, self._base_path)
-        return {f"guard/{name}": number for name, number in panel.numbers(seen).items()}
+        numbers = panel.numbers(seen)
+        if (wanted := numbers.get(self._wanted)) is not None:
+            numbers["frechet_wanted"] = wanted
+        return {f"guard/{name}": number for name, number in numbers.items()}
 
     def _base_seen(self, panel: Panel) -> Observations:
         """The base model's pictures; a resumed run has them from its folder."""
@@ -141,7 +144,15 @@ def check_guard(config: RunConfig, guard: GuardConfig, offered: Collection[str])
 
 
 def measured_metrics(config: RunConfig, guard: GuardConfig) -> set[str]:
-    """The names of all that a check of this run measures."""
+    """The names of all that a check of this run measures.
+
+    frechet_wanted is the distance to real pictures of the positive word, where the judge knows a style of that name:
+    a rule on it serves a pair and its reverse.
+    """
     evaluation, rewards = config.evaluation, list(reward_metrics(config, guard))
     names = metric_names(rewards, evaluation.judge_path, evaluation.reference_path, guard.num_images_per_prompt)
-    return {f"guard/{name}" for name in names}
+    return {f"guard/{name}" for name in names | ({"frechet_wanted"} if _wanted(config) in names else set())}
+
+
+def _wanted(config: RunConfig) -> str:
+    return f"frechet_{config.control_words.positive}"

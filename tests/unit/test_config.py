@@ -128,8 +128,9 @@ def test_a_bad_key_or_value_is_named_with_file_and_value(
     ],
 )
 def test_keys_that_contradict_each_other_are_named(tmp_path: Path, objective: dict[str, Any], named: str) -> None:
+    rewards = [{"name": "tiny", "satisfied_at": 0.25}]
     with pytest.raises(ConfigError, match=re.escape(named)):
-        load_run_config(write(tmp_path, tree() | {"objective": objective}))
+        load_run_config(write(tmp_path, tree() | {"objective": objective, "rewards": rewards}))
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

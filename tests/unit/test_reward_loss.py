@@ -92,6 +92,22 @@ def test_a_reward_has_words_of_its_own() -> None:
     assert pairs == tuple(PromptPair(pair.prompt, "Blue", "Red") for pair in PAIRS)
 
 
+@pytest.mark.parametrize("reward", [WORDS, NOISED])
+def test_a_tint_earns_nothing_where_it_is_ignored(reward: RewardConfig) -> None:
+    """The gradient is that of the reward with each channel's mean held; the value stays as it is."""
+    seen, readers = images(), LocalReward(reads_text=reward is WORDS)
+    whole, held = (
+        BranchReward(reward.model_copy(update={"ignores_tint": ignored}), "srp", "denoise", SCALE)
+        .judge(seen, PAIRS, image_noise(), readers)
+        .rewards
+        for ignored in (False, True)
+    )
+    assert torch.equal(whole, held)
+    (gradient,), (wanted,) = (torch.autograd.grad(rewards.sum(), seen) for rewards in (held, whole))
+    assert wanted.mean(dim=(2, 3)).abs().max() > 1e-5
+    torch.testing.assert_close(gradient, wanted - wanted.mean(dim=(2, 3), keepdim=True))
+
+
 def test_hinge_is_flat_beyond_the_margin_and_where_satisfied() -> None:
     rewards = torch.tensor([0.9, 0.2, 0.3], requires_grad=True)
     hinge = Judged(rewards, torch.tensor([0.0, 0.0, 0.5])).hinge(margin=0.7, satisfied_at=0.4)

@@ -68,8 +68,8 @@ def pictures(level: int) -> Tensor:
 
 
 def test_checks_are_due_at_the_base_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
-    watch = make_watch(tmp_path, every_num_steps=30)
-    assert [step for step in range(81) if watch.is_due(step)] == [0, 30, 60, 80]
+    watch = make_watch(tmp_path, every_num_steps=25)
+    assert [step for step in range(61) if watch.is_due(step)] == [0, 25, 50, 60]
 
 
 def test_prompts_are_some_of_the_training_prompts_and_always_the_same(tmp_path: Path) -> None:
@@ -135,6 +135,7 @@ def test_all_that_is_announced_is_measured_and_nothing_else(tmp_path: Path, with
     assert set(numbers) == measured_metrics(config, config.guard)
     assert {"guard/held_out_reward", "guard/held_out_common_mode", "guard/diversity_seeds"} <= set(numbers)
     assert ("guard/frechet_Flat" in numbers) == with_judges
+    assert numbers.get("guard/frechet_wanted") == numbers.get("guard/frechet_3D")
     assert numbers["guard/frechet_reference"] == pytest.approx(0, abs=1e-6)
 
 
