@@ -56,6 +56,6 @@ class Limits(BaseModel):
         self.check_images([image.shape[1:] for image in request.images])
         for index, pair in enumerate(request.pairs):
             for field in ("prompt", "positive", "negative"):
-                if (num_chars := len(getattr(pair, field))) > self.max_text_chars:
+                if (num_chars := len(getattr(pair, field) or "")) > self.max_text_chars:  # a word may be None
                     allowed = f"{self.max_text_chars} (max_text_chars)"
                     raise LimitExceeded(f"pairs[{index}].{field} has {num_chars} characters; a text may have {allowed}")

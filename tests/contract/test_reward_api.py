@@ -76,6 +76,18 @@ def test_swapped_pairs_negate_the_reward_at_preference_scale_zero(client: Reward
     np.testing.assert_allclose(client.score(there).rewards, -client.score(back).rewards, atol=1e-6)
 
 
+def test_a_word_of_none_is_the_prompt_as_it_is(client: RewardClient, clip: ClipArgs) -> None:
+    """As the objective without control words asks: 2 · R − R under the bare prompt."""
+    model = load_reward(clip)
+    assert isinstance(model, TwoTower)
+    bare = tuple(PromptPair(pair.prompt, None, None) for pair in REQUEST.pairs)
+    response = client.score(replace(REQUEST, pairs=bare, preference_scales=(1.0, 1.0)))
+    with torch.no_grad():
+        embeds = model.embed_image(torch.from_numpy(stacked(REQUEST.images)))
+        expected = similarity(embeds, model.embed_text([pair.prompt for pair in bare]))
+    np.testing.assert_allclose(response.rewards, expected, atol=1e-6)
+
+
 def test_no_gradient_is_sent_unless_asked_for(client: RewardClient) -> None:
     assert client.score(replace(REQUEST, with_gradient=False)).image_gradient is None
 

@@ -129,10 +129,11 @@ def test_a_ray_that_gives_up_is_started_once_more(folder: Path, where: Settings)
 def test_score_prints_reward_and_both_similarities(services: LocalServices, folder: Path) -> None:
     PIL.Image.new("RGBA", (20, 30), (255, 0, 0, 128)).save(folder / "red.png")
     pair = ("--prompt", "red heart", "--positive", "3D", "--negative", "Flat")
-    result = srpo("score", "red.png", *pair, "--url", services.settings.serve_url, cwd=folder)
+    result = srpo("score", "red.png", *pair, "--json", "--url", services.settings.serve_url, cwd=folder)
     assert result.returncode == 0, result.stderr
-    numbers = {line.split()[0]: float(line.split()[1]) for line in result.stdout.splitlines()}
-    assert numbers["reward"] == pytest.approx(numbers["positive"] - numbers["negative"], abs=2e-4)
+    numbers = json.loads(result.stdout)
+    difference = numbers["positive_similarity"] - numbers["negative_similarity"]
+    assert numbers["reward"] == pytest.approx(difference, abs=1e-6)
 
 
 def test_a_failing_job_fails_the_command_and_shows_why(services: LocalServices, folder: Path) -> None:
