@@ -1,7 +1,7 @@
 """`make demo`: align the embedded model in two opposite directions and show what became of it.
 
 Services up; two Ray jobs one after the other (3D | Flat and, otherwise the same, Flat | 3D); then a table by judges
-that took no part in training, outputs/demo/summary.json and the pictures beside it. What was not running before is
+that gave no gradient, outputs/demo/summary.json and the pictures beside it. What was not running before is
 stopped at the end, however it ends.
 """
 
