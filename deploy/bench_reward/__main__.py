@@ -33,8 +33,8 @@ from deploy.settings import ROOT, LocalError
 
 RESULT = ROOT / "deploy" / "runs" / "results" / "reward.json"
 CALLERS = (1, 8, 32)
-_ROUNDS, _QUICK_ROUNDS = 5, 1
-_WARM_UP, _REQUESTS = (1000, 10_000), (50, 200)  # requests before the first reading of memory, and after it
+_ROUNDS = 5, 1  # the second: quick
+_WARM_UP, _REQUESTS = (1000, 50), (10_000, 200)  # before the first reading of memory, and after it; the second: quick
 _started = time.monotonic()
 
 
@@ -79,7 +79,7 @@ def bench_reward(folder: Path, is_quick: bool) -> dict[str, Any]:
         flask = stack.enter_context(baseline(folder, folders))
         serve = stack.enter_context(service(folder, folders))
         benches = [Bench(model, serve, flask, bare) for model, bare in zip(models, bares, strict=True)]
-        measured = in_rounds(benches, _QUICK_ROUNDS if is_quick else _ROUNDS)
+        measured = in_rounds(benches, _ROUNDS[is_quick])
         growth = memory_growth(serve, models[0], _WARM_UP[is_quick], _REQUESTS[is_quick])
         say(f"memory of the replicas: {growth.before_bytes / 2**20:.0f} MiB, then {growth.after_bytes / 2**20:.0f} MiB")
     goals = [goal for each in measured for goal in each.goals()] + [report.growth_goal(growth)]

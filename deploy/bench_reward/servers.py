@@ -59,7 +59,7 @@ def service(folder: Path, models: Mapping[str, Path]) -> Iterator[Server]:
     }
     application["deployments"][0]["num_replicas"] = NUM_PROCESSES
     path = folder / "serve.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     services = LocalServices(Settings(free_port(), free_port(), free_port(), folder / "run", path))
     services.up(["ray"])
     try:
