@@ -256,8 +256,8 @@ class Evaluation:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] rounded to 8 bits."""
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    """Images in [0, 1] rounded to 8 bits, laid out as files want them: an autoencoder's have the channels last."""
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def picture_grid(images: Tensor, captions: Sequence[str], num_columns: int) -> PIL.Image.Image:

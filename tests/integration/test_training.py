@@ -48,6 +48,8 @@ NUM_TOGETHER = 2  # images of an evaluation or of a check in one request
 REQUESTS_BASE = 3 + 2  # evaluation and check
 REQUESTS_TWO_STEPS = 2 * 8 + 2  # 4 prompts × 2 branches each, and the check after them
 TIMEOUT_S = 180
+# Which callers' images share a forward of the reward is chance, and so are a gradient's last bits. 2 steps move 2e-3.
+WEIGHTS_ATOL = 1e-5
 
 
 @dataclass
@@ -247,7 +249,7 @@ def test_a_killed_worker_costs_steps_but_changes_nothing(bench: Bench, undisturb
     assert losses.count(1) == losses.count(2) == 1, "it resumed from a checkpoint"
     assert [step for step, _ in killed.history("eval/reward")] == [0, NUM_STEPS]
     assert killed.last_values("loss") == pytest.approx(undisturbed.last_values("loss"), abs=1e-6)
-    torch.testing.assert_close(killed.weights(), undisturbed.weights(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(killed.weights(), undisturbed.weights(), rtol=0, atol=WEIGHTS_ATOL)
 
 
 def test_a_rule_ends_a_run_and_the_best_checkpoint_is_exported(bench: Bench, undisturbed: Run) -> None:
@@ -268,7 +270,7 @@ def test_a_rule_ends_a_run_and_the_best_checkpoint_is_exported(bench: Bench, und
     assert rule["metric"] in guarded.record.data.tags["stopped_by"]
     summary = json.loads((guarded.folder / "evaluation.json").read_text())
     assert summary["guard"]["exported_step"] == 2
-    torch.testing.assert_close(guarded.weights(), undisturbed.weights_at(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(guarded.weights(), undisturbed.weights_at(2), rtol=0, atol=WEIGHTS_ATOL)
 
 
 def rule_broken_first_at(run: Run, step: int) -> dict[str, Any]:

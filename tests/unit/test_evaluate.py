@@ -74,6 +74,12 @@ def test_shards_are_equally_long_and_cover_all_images(num_images: int, world_siz
     assert interleaved[:num_images] == list(range(num_images))
 
 
+def test_what_the_autoencoder_lays_out_with_channels_last_can_be_saved(tmp_path: Path) -> None:
+    decoded = torch.rand(4, 3, 8, 8).to(memory_format=torch.channels_last)
+    Evaluation(to_uint8(decoded), {}).save(tmp_path / "base.safetensors")
+    assert torch.equal(Evaluation.load(tmp_path / "base.safetensors").images, to_uint8(decoded))
+
+
 def test_an_evaluation_survives_its_file(tmp_path: Path) -> None:
     Evaluation(painted(), {"eval/reward": 0.1}).save(tmp_path / "base.safetensors")
     loaded = Evaluation.load(tmp_path / "base.safetensors")
