@@ -219,4 +219,7 @@ def _interrupt(*_: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(main())
+    exit_code = main()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)  # all is closed by now; after a stop Ray's threads can abort the interpreter's own way out
