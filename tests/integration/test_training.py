@@ -50,6 +50,8 @@ REQUESTS_TWO_STEPS = 2 * 8 + 2  # 4 prompts × 2 branches each, and the check af
 TIMEOUT_S = 180
 # Which callers' images share a forward of the reward is chance, and so are a gradient's last bits. 2 steps move 2e-3.
 WEIGHTS_ATOL = 1e-5
+# A colour that such bits round the other way moves a distance by up to this; two steps move it by 4e-2.
+GUARD_RTOL = 2e-3
 
 
 @dataclass
@@ -123,7 +125,11 @@ class Bench:
     def train(self, run_file: Path) -> Run:
         """Run to the end and return what it left."""
         with self.start(run_file) as process:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
+            try:
+                output, _ = process.communicate(timeout=TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
         assert process.returncode == 0, output
         return self.find(run_file.stem, output)
 
@@ -257,13 +263,15 @@ def test_a_rule_ends_a_run_and_the_best_checkpoint_is_exported(bench: Bench, und
     rule = rule_broken_first_at(undisturbed, step=4)
     bench.wiretap.count = 0
     bench.wiretap.on_request = lambda count, pid: (
-        os.kill(pid, signal.SIGKILL) if count == REQUESTS_BASE + REQUESTS_TWO_STEPS + 8 + 3 else None
+        # the fifth request of step 4: a worker sends four, so both have begun it and step 3 is on record
+        os.kill(pid, signal.SIGKILL) if count == REQUESTS_BASE + REQUESTS_TWO_STEPS + 8 + 5 else None
     )
     guarded = bench.train(bench.write_run("guarded", [rule], zero_stage=2))
     losses = [step for step, _ in guarded.history("loss")]
     assert losses.count(3) == 2, "killed in step 4, resumed before step 3"
     assert losses[-1] == 4, "ended after step 4"
-    assert dict(guarded.history(rule["metric"])) == pytest.approx(dict(undisturbed.history(rule["metric"])[:3]))
+    seen = dict(undisturbed.history(rule["metric"])[:3])
+    assert dict(guarded.history(rule["metric"])) == pytest.approx(seen, rel=GUARD_RTOL)
     assert guarded.record.info.status == "FINISHED"
     assert guarded.record.data.tags["exported_step"] == "2"
     assert guarded.record.data.tags["stopped_by"] in guarded.output
@@ -278,9 +286,10 @@ def rule_broken_first_at(run: Run, step: int) -> dict[str, Any]:
     for metric in ("guard/reward", "guard/common_mode", "guard/frechet_3D", "guard/frechet_Flat"):
         values = dict(run.history(metric))
         before = [value for earlier, value in values.items() if earlier < step]
-        if values[step] > max(before):
+        beyond = 4 * GUARD_RTOL * abs(values[step])  # so that no last bit decides
+        if values[step] > max(before) + beyond:
             return {"metric": metric, "above": (values[step] + max(before)) / 2}
-        if values[step] < min(before):
+        if values[step] < min(before) - beyond:
             return {"metric": metric, "below": (values[step] + min(before)) / 2}
     raise AssertionError("no number of the guard is new at this step")
 
