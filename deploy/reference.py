@@ -28,8 +28,9 @@ from services.contract import Float32, PromptPair, RewardResponse
 from services.objective import ObjectiveConfig, RewardConfig, Schedule
 from trainer.direct_align import branch_loss, recover_anchor
 from trainer.flow import Branch, branches
-from trainer.flux import Conditioning, FluxModel
+from trainer.flux import FluxModel
 from trainer.rollout import Injection, Sampling, roll_out
+from trainer.text_encoders import Conditioning
 
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3

@@ -2,6 +2,7 @@
 
     srpo run RUN.yaml                      train in the foreground
     srpo submit RUN.yaml                   train as a Ray job and follow it
+    srpo embed RUN.yaml                    encode its prompts before it trains, as a Ray job
     srpo evaluate RUN.yaml [MODEL …]       compare with the base model, as a Ray job
     srpo jobs | srpo stop JOB              what runs on the cluster, and an end to it
     srpo sample MODEL --prompt … -o FILE   draw with a model
@@ -33,6 +34,7 @@ from services.score_files import score_files
 from services.try_words import try_words
 
 _EXIT_INTERRUPTED = 130  # as shells have it
+_PROGRAMS = {"submit": "trainer.launch", "embed": "trainer.embed"}  # that take a run file and are Ray jobs
 _NUM_ATTEMPTS = 2  # somebody is waiting, and is told soon that the service is not there
 _DEFAULT_REWARD_URL = RewardServiceConfig.model_fields["url"].default
 
@@ -58,8 +60,8 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         case "run":
             load_run_config(args.run)  # a typing mistake shows at once, not after the imports of the trainer
             _become("trainer.launch", str(args.run))
-        case "submit":
-            return submit(args.run, args.address)
+        case "submit" | "embed":
+            return submit(args.run, args.address, _PROGRAMS[args.command])
         case "evaluate":
             return evaluate(args.run, args.models, args.address)
         case "jobs":
@@ -76,11 +78,11 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
     raise AssertionError(args.command)
 
 
-def submit(run_file: Path, address: str) -> int:
+def submit(run_file: Path, address: str, program: str) -> int:
     """Submit and follow. Ctrl-C ends only the following: the job goes on."""
     load_run_config(run_file)
     jobs = Jobs(address)
-    return follow(jobs, jobs.submit(run_file.absolute()))
+    return follow(jobs, jobs.submit(run_file.absolute(), program=program))
 
 
 def evaluate(run_file: Path, models: Sequence[str], address: str) -> int:
@@ -129,13 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="train in the foreground, on the cluster at RAY_ADDRESS or on one of its own")
     submit = commands.add_parser("submit", help="train as a Ray job and follow it")
+    embed = commands.add_parser("embed", help="encode a run's prompts before it trains, as a Ray job")
     evaluate = commands.add_parser("evaluate", help="compare models with a run's base model, as a Ray job")
     jobs = commands.add_parser("jobs", help="list the cluster's jobs")
     stop = commands.add_parser("stop", help="stop a job")
-    for command in (run, submit, evaluate):
+    for command in (run, submit, embed, evaluate):
         command.add_argument("run", type=Path, metavar="RUN.yaml", help="see deploy/runs/")
     evaluate.add_argument("models", nargs="*", metavar="[NAME=]FOLDER", help="a model or checkpoint (the run's model)")
-    for command in (submit, evaluate, jobs, stop):
+    for command in (submit, embed, evaluate, jobs, stop):
         command.add_argument("--address", default=DEFAULT_ADDRESS, help="the cluster's dashboard (%(default)s)")
     stop.add_argument("job", metavar="JOB", help="as `srpo jobs` lists it")
     commands.add_parser("sample", add_help=False, help="draw with a model: srpo sample MODEL --prompt TEXT -o FILE")

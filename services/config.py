@@ -21,6 +21,7 @@ from services.objective import (
     RewardConfig,
     RewardServiceConfig,
 )
+from services.prompt_config import PromptsConfig, PromptsPath
 
 
 class ConfigError(ValueError):
@@ -35,10 +36,6 @@ class ModelConfig(Frozen):
     height_px: Positive
     width_px: Positive
     max_sequence_length: Positive = 512  # T5 tokens per prompt
-
-
-class PromptsConfig(Frozen):
-    path: Path  # one prompt a line
 
 
 class RolloutConfig(Frozen):
@@ -91,7 +88,7 @@ class CheckpointConfig(Frozen):
 class EvaluationConfig(Frozen):
     """Fixed prompts and seeds; judges are for evaluation only and never give a gradient."""
 
-    prompts_path: Path  # held out from training
+    prompts_path: PromptsPath  # held out from training
     num_images_per_prompt: Positive = 1
     num_grid_images: Positive = 24  # in the sample grids of a running training
     num_steps: Positive = 25
@@ -154,7 +151,7 @@ class GuardConfig(Frozen):
     """
 
     every_num_steps: Positive = 10
-    prompts_path: Path | None = None  # None: some of the training prompts; never the evaluation's
+    prompts_path: PromptsPath | None = None  # None: some of the training prompts; never the evaluation's
     num_prompts: Annotated[int, Field(ge=2)] = 64  # drawn by the seed
     num_images_per_prompt: Positive = 1  # from 2 on, guard/diversity_seeds tells how they differ
     held_out_reward: str | None = None  # a reward that the service has and the run does not train on

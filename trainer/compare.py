@@ -21,11 +21,12 @@ from services.config import ConfigError, RunConfig, load_run_config
 from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
 from trainer.bootstrap import Interval, draws_of_prompts, interval
+from trainer.conditioning import encoder, load_flux
 from trainer.engine import checkpoint_weights
 from trainer.evaluate import HeldOut, Judges, similarities
-from trainer.flux import FluxModel, encode_ahead
 from trainer.measure import Observations, Panel
-from trainer.prompts import evaluation_generator, load_prompts
+from trainer.prompt_files import load_prompts, locate_prompts
+from trainer.prompts import evaluation_generator
 from trainer.report import Column, render
 from trainer.rollout import Sampling
 
@@ -104,13 +105,15 @@ def make_panel(config: RunConfig, client: RewardClient) -> Panel:
 def drawn(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
     """Name and images (num_images, 3, height, width) uint8 of each policy, the base model first."""
     model, evaluation = config.model, config.evaluation
-    flux = FluxModel.load(model.path, getattr(torch, model.dtype), _device(config))
+    flux = load_flux(config, _device(config))
     size = model.height_px, model.width_px
     shift = flux.resolve_shift(config.rollout.shift, *size)
     sampling = Sampling(evaluation.num_steps, evaluation.guidance_scale, shift, *size)
     pictures = HeldOut(held_out_prompts(config), config.seed, evaluation.batch, sampling, evaluation_generator)
-    encode = encode_ahead(flux, pictures.prompts, model.max_sequence_length)
-    flux.drop_text_encoders()
+    located = locate_prompts(evaluation.prompts_path, config.prompts.column)
+    if cut := flux.text.too_long(located, model.max_sequence_length):
+        print(f"warning: {cut}", flush=True)
+    encode = encoder(config, flux, pictures.prompts)
     yield _BASE, pictures.draw_here(flux.transformer, flux, encode)
     for name, folder in folders.items():
         if (folder / "policy").is_dir():
@@ -168,7 +171,7 @@ def write(config: RunConfig, columns: Sequence[Column]) -> tuple[Path, Path]:
 
 def held_out_prompts(config: RunConfig) -> tuple[str, ...]:
     """A prompt for each picture."""
-    labels = load_prompts(config.evaluation.prompts_path)
+    labels = load_prompts(config.evaluation.prompts_path, config.prompts.column)
     return tuple(label for label in labels for _ in range(config.comparison.num_images_per_prompt))
 
 

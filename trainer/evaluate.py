@@ -27,9 +27,11 @@ from transformers import AutoModel, AutoModelForImageClassification
 from services.config import RunConfig
 from services.contract import PromptPair, RewardRequest, WeightedReward
 from services.reward_client import RewardClient
-from trainer.flux import Conditioning, FluxModel
-from trainer.prompts import evaluation_generator, load_prompts
+from trainer.flux import FluxModel
+from trainer.prompt_files import load_prompts
+from trainer.prompts import evaluation_generator
 from trainer.rollout import Sampling, sample
+from trainer.text_encoders import Conditioning
 
 NUM_NEAREST = 5  # eval/subject_top5
 _MIN_TILE_PX = 96  # smaller images are enlarged by a whole factor, so that a person sees them
@@ -233,7 +235,7 @@ class HeldOut:
 def held_out_images(config: RunConfig, shift: float) -> HeldOut:
     """The images of an evaluation: every held-out prompt, num_images_per_prompt times."""
     evaluation, size = config.evaluation, (config.model.height_px, config.model.width_px)
-    labels = load_prompts(evaluation.prompts_path)
+    labels = load_prompts(evaluation.prompts_path, config.prompts.column)
     prompts = tuple(label for label in labels for _ in range(evaluation.num_images_per_prompt))
     sampling = Sampling(evaluation.num_steps, evaluation.guidance_scale, shift, *size)
     return HeldOut(prompts, config.seed, evaluation.batch, sampling)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,38 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from trainer.flow import dynamic_shift
+from trainer.text_encoders import Conditioning, TextEncoders
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 _PATCH = 2  # FLUX packs 2×2 latents into a token; diffusers' pipeline fixes it, no config holds it
 _INDEX = "model_index.json"
-_ENCODE_BATCH = 32
 
 
 class ModelError(ValueError):
     """The model cannot be used; the text names model.path and the cure."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Conditioning:
-    """Encoded prompts: `prompt_embeds` (batch, text_tokens, channels) from T5, `pooled` (batch, channels) from CLIP.
-
-    >>> conditioning = flux.encode_prompts(["grinning face", "red heart"], max_sequence_length=16)
-    >>> len(conditioning[[0, 0, 1]])
-    3
-    """
-
-    prompt_embeds: Tensor
-    pooled: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pooled)
-
-    def __getitem__(self, which: slice | Sequence[int] | Tensor) -> Conditioning:
-        """A batch of some of the prompts, by slice or by indices (which may repeat)."""
-        index = which if isinstance(which, slice | Tensor) else list(which)
-        return Conditioning(self.prompt_embeds[index], self.pooled[index])
 
 
 def check_model_path(path: str) -> None:
@@ -66,6 +44,19 @@ def check_model_path(path: str) -> None:
         raise ModelError(f"model.path {path}: no such folder; give a FLUX folder in diffusers' format, or a hub id")
 
 
+def model_folder(path: str) -> Path:
+    """The folder of a model: `path` itself, or where the hub's model of that id is kept. Raises ModelError."""
+    check_model_path(path)
+    if Path(path).is_dir():
+        return Path(path)
+    from diffusers import FluxPipeline
+
+    try:
+        return Path(FluxPipeline.download(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {path} cannot be fetched: {error}") from error
+
+
 class FluxModel:
     """A FLUX checkpoint around its transformer: VAE and text encoders, frozen, and the arithmetic between them.
 
@@ -75,6 +66,7 @@ class FluxModel:
     def __init__(self, pipeline: FluxPipeline, source: Path | None = None) -> None:
         self.transformer: nn.Module = pipeline.transformer
         self.vae = pipeline.vae
+        self.text = TextEncoders(pipeline)
         self.source = source
         self.dtype: torch.dtype = pipeline.transformer.dtype
         self.device: torch.device = pipeline.transformer.device
@@ -93,19 +85,16 @@ class FluxModel:
         device: torch.device | str = "cpu",
         *,
         gradient_checkpointing: bool = False,
+        text_encoders: bool = True,
     ) -> FluxModel:
         """Load a folder or a hub id; weights of any dtype on disk become `dtype`. Raises ModelError.
 
         With gradient_checkpointing the transformer's blocks and the VAE's decoder are recomputed in the backward.
+        Without text_encoders it cannot encode prompts, but counts their tokens.
         """
-        check_model_path(path)
-        from diffusers import FluxPipeline  # on use: 5 s that launch.py, which only checks the path, need not wait for
-
-        try:
-            source = Path(path) if Path(path).is_dir() else Path(FluxPipeline.download(path))
-            pipeline = FluxPipeline.from_pretrained(source, dtype=dtype).to(device)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.path {path} cannot be loaded: {error}") from error
+        without = {} if text_encoders else {"text_encoder": None, "text_encoder_2": None}
+        source = model_folder(path)
+        pipeline = _load_pipeline(source, dtype, device, **without)
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
@@ -116,17 +105,13 @@ class FluxModel:
         """The T5 tokens a prompt that the checkpoint was made for."""
         return int(self._pipeline.tokenizer_2.model_max_length)
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> Conditioning:
-        """Text to Conditioning with max_sequence_length T5 tokens a prompt; longer prompts are cut, as FLUX does."""
-        prompt_embeds, pooled, _ = self._pipeline.encode_prompt(
-            prompt=list(prompts), prompt_2=None, device=self.device, max_sequence_length=max_sequence_length
-        )
-        return Conditioning(prompt_embeds.to(self.dtype), pooled.to(self.dtype))
+        """As TextEncoders.encode_prompts."""
+        return self.text.encode_prompts(prompts, max_sequence_length)
 
     def drop_text_encoders(self) -> None:
         """Free their memory once all prompts are encoded; save_pipeline copies them from the source."""
-        self._pipeline.text_encoder = self._pipeline.text_encoder_2 = None
+        self.text.drop()
 
     def resolve_shift(self, shift: float | Literal["dynamic"], height_px: int, width_px: int) -> float:
         """The sigma schedule's shift as a number; "dynamic" is the checkpoint's own, by resolution."""
@@ -235,16 +220,22 @@ class FluxModel:
         return height_px // token_px, width_px // token_px
 
 
-def encode_ahead(
-    flux: FluxModel, prompts: Sequence[str], max_sequence_length: int
-) -> Callable[[Sequence[str]], Conditioning]:
-    """Encode each prompt once; returns what looks their conditioning up."""
-    unique = list(dict.fromkeys(prompts))
-    chunks = [unique[start : start + _ENCODE_BATCH] for start in range(0, len(unique), _ENCODE_BATCH)]
-    parts = [flux.encode_prompts(chunk, max_sequence_length) for chunk in chunks]
-    table = Conditioning(torch.cat([part.prompt_embeds for part in parts]), torch.cat([part.pooled for part in parts]))
-    row_of = {prompt: row for row, prompt in enumerate(unique)}
-    return lambda wanted: table[[row_of[prompt] for prompt in wanted]]
+def load_text_encoders(
+    path: str, dtype: torch.dtype, device: torch.device | str = "cpu", *, only_tokenizers: bool = False
+) -> TextEncoders:
+    """Those of a folder or a hub id, and nothing else of the model. Raises ModelError."""
+    without = ("transformer", "vae", *(("text_encoder", "text_encoder_2") if only_tokenizers else ()))
+    return TextEncoders(_load_pipeline(model_folder(path), dtype, device, **dict.fromkeys(without)))
+
+
+def _load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str, **without: None) -> FluxPipeline:
+    """The pipeline, less what is given as None. Raises ModelError."""
+    from diffusers import FluxPipeline  # on use: 5 s that launch.py, which only checks the path, need not wait for
+
+    try:
+        return FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {source} cannot be loaded: {error}") from error
 
 
 @lru_cache(maxsize=8)

@@ -22,11 +22,12 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from services.config import ConfigError, RunConfig, load_run_config
+from services.prompt_config import absolute
 from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
+from trainer.conditioning import check_embeddings, used_prompts
 from trainer.flow import level_sigmas, num_delta_levels
 from trainer.flux import check_model_path
-from trainer.prompts import load_prompts
 from trainer.stop_rules import BEST_STEP
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -68,18 +69,21 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     judges = evaluation.judge_path and evaluation.judge_path.resolve()
     reference = evaluation.reference_path and evaluation.reference_path.resolve()
     held_out = {
-        "prompts_path": evaluation.prompts_path.resolve(),
+        "prompts_path": absolute(evaluation.prompts_path),
         "judge_path": judges,
         "reference_path": reference,
     }
     guard = config.guard
     if guard is not None and guard.prompts_path is not None:
-        guard = guard.model_copy(update={"prompts_path": guard.prompts_path.resolve()})
+        guard = guard.model_copy(update={"prompts_path": absolute(guard.prompts_path)})
+    prompts = config.prompts
+    embeddings = prompts.embeddings_path and prompts.embeddings_path.resolve()
+    read_from = {"path": absolute(prompts.path), "embeddings_path": embeddings}
     return config.model_copy(
         update={
             "output_dir": config.output_dir.resolve(),
             "model": model.model_copy(update={"path": path}),
-            "prompts": config.prompts.model_copy(update={"path": config.prompts.path.resolve()}),
+            "prompts": prompts.model_copy(update=read_from),
             "evaluation": evaluation.model_copy(update=held_out),
             "guard": guard,
         }
@@ -88,8 +92,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def validate(config: RunConfig) -> None:
     """Raise, naming the thing and the cure, for what would otherwise fail in a worker minutes later."""
-    for path in (config.prompts.path, config.evaluation.prompts_path):
-        load_prompts(path)
+    check_model_path(config.model.path)
+    check_embeddings(config, (each.prompt for each in used_prompts(config)))
     judges = config.evaluation.judge_path
     if judges is not None and not judges.is_dir():
         raise LaunchError(f"evaluation.judge_path {judges} is not a folder: give one, or null to do without judges")
@@ -111,7 +115,6 @@ def validate(config: RunConfig) -> None:
         from trainer.watch import check_guard  # on use, as above
 
         check_guard(config, config.guard, offered)
-    check_model_path(config.model.path)
     check_cluster(os.environ.get("RAY_ADDRESS", ""))
 
 
@@ -183,13 +186,14 @@ def make_trainer(config: RunConfig, run_id: str) -> TorchTrainer:
             storage_path=str(config.output_dir / config.name / "checkpoints"),
             failure_config=FailureConfig(max_failures=checkpoint.max_failures),
             checkpoint_config=CheckpointConfig(checkpoint.num_kept, BEST_STEP if config.guard else None),
-            worker_runtime_env={"env_vars": _worker_environment(config)},
+            worker_runtime_env={"env_vars": worker_environment(config)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
 
 
-def _worker_environment(config: RunConfig) -> dict[str, str]:
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """What a process that computes for the run needs in its environment."""
     python_path = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         "PYTHONPATH": os.pathsep.join(python_path),  # a checkout that is not installed

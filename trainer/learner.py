@@ -11,7 +11,7 @@ What a sample gets follows from (seed, step, sample index) alone, so that a step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -19,24 +19,23 @@ import torch.distributed as dist
 
 from services.config import RunConfig
 from services.contract import PromptPair
+from trainer.conditioning import Encode
 from trainer.direct_align import BranchOutcome, branch_loss
 from trainer.engine import Engine
 from trainer.flow import Branch, branches
-from trainer.flux import Conditioning, FluxModel
+from trainer.flux import FluxModel
+from trainer.prompt_files import load_prompts
 from trainer.prompts import (
     batch_indices,
     draw_levels,
     image_generator,
     injection_generator,
-    load_prompts,
     noise_generator,
     shard,
 )
 from trainer.record import StepNumbers
 from trainer.reward_loss import Score
 from trainer.rollout import Injection, Rollout, Sampling, roll_out
-
-Encode = Callable[[Sequence[str]], Conditioning]
 
 
 def num_backwards(config: RunConfig) -> int:
@@ -60,7 +59,7 @@ class Learner:
     def __init__(self, config: RunConfig, engine: Engine, flux: FluxModel, score: Score, encode: Encode) -> None:
         self.numbers = StepNumbers()
         self._config, self._engine, self._flux, self._score, self._encode = config, engine, flux, score, encode
-        self._prompts = load_prompts(config.prompts.path)
+        self._prompts = load_prompts(config.prompts.path, config.prompts.column)
         self._size = config.model.height_px, config.model.width_px
         rollout = config.rollout
         self._shift = flux.resolve_shift(rollout.shift, *self._size)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from itertools import pairwise
-from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from trainer.prompt_files import PromptsError
 
-class PromptsError(ValueError):
-    """The prompt file cannot be used; the text names the file and the cure."""
+T = TypeVar("T")
 
 
 class _Stream(IntEnum):
@@ -27,20 +27,6 @@ class _Stream(IntEnum):
     INJECTION = 4
     IMAGE = 5
     GUARD = 6
-
-
-def load_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a UTF-8 file, one a line; blank lines are left out. Raises PromptsError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise PromptsError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise PromptsError(f"the prompt file {path} is not UTF-8 text: {error}") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise PromptsError(f"the prompt file {path} is empty: write one prompt a line")
-    return prompts
 
 
 def shard(num_samples: int, rank: int, num_workers: int) -> range:
@@ -99,7 +85,7 @@ def guard_generator(seed: int, image_index: int) -> torch.Generator:
     return _generator(seed, _Stream.GUARD, image_index)
 
 
-def draw_guard_prompts(seed: int, prompts: Sequence[str], num_prompts: int) -> tuple[str, ...]:
+def draw_guard_prompts(seed: int, prompts: Sequence[T], num_prompts: int) -> tuple[T, ...]:
     """`num_prompts` of the prompts, none twice; the same at every check. Raises PromptsError where there are fewer."""
     if num_prompts > len(prompts):
         raise PromptsError(f"guard.num_prompts {num_prompts} is more than the {len(prompts)} prompts there are")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from services.contract import PromptPair
 from trainer.flow import euler_step, sigma_schedule
-from trainer.flux import Conditioning, FluxModel
+from trainer.flux import FluxModel
+from trainer.text_encoders import Conditioning
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 from torchvision.utils import save_image
 
 from trainer.flux import FluxModel, ModelError
+from trainer.prompt_files import Located
 from trainer.prompts import evaluation_generator
 from trainer.rollout import Sampling, sample
 
@@ -37,6 +38,8 @@ def draw(args: argparse.Namespace) -> None:
     size = args.height_px or flux.vae.config.sample_size, args.width_px or flux.vae.config.sample_size
     sampling = Sampling(args.num_steps, args.guidance_scale, flux.resolve_shift(args.shift, *size), *size)
     max_length = args.max_sequence_length or flux.max_sequence_length
+    if cut := flux.text.too_long([Located(each, f"--prompt {each!r}") for each in args.prompt], max_length):
+        print(f"warning: {cut}", file=sys.stderr)
     images: list[torch.Tensor] = []
     for start in range(0, len(args.prompt), args.batch):
         prompts = args.prompt[start : start + args.batch]

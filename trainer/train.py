@@ -23,12 +23,12 @@ from services.config import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from services.reward_client import RewardClient
 from services.tracking import Tracker
+from trainer.conditioning import encoder, load_flux, used_prompts
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
-from trainer.flux import FluxModel, encode_ahead
 from trainer.learner import Learner, num_backwards, worker_samples
 from trainer.measure import Panel
-from trainer.prompts import load_prompts
+from trainer.prompt_files import load_prompts
 from trainer.record import Journal, StepNumbers, progress_line
 from trainer.stop_rules import BEST_STEP
 from trainer.watch import Watch, reward_metrics
@@ -41,6 +41,7 @@ def train_worker(config: RunConfig, run_id: str) -> None:
     run = Worker(config, run_id)
     first_step = run.resume()
     if first_step == 0:
+        run.warn()
         run.evaluate("base", step=0)
         run.check(step=0)
     for step in range(first_step, config.num_steps):
@@ -81,8 +82,7 @@ class Worker:
     def _load_model(self) -> None:
         config, engine = self.config, self.config.engine
         dtype = getattr(torch, config.model.dtype)
-        checkpointing = engine.gradient_checkpointing
-        self._flux = FluxModel.load(config.model.path, dtype, self._device, gradient_checkpointing=checkpointing)
+        self._flux = load_flux(config, self._device, gradient_checkpointing=engine.gradient_checkpointing)
         self._engine = Engine.create(self._flux.transformer, config.optimizer, engine, num_backwards(config), dtype)
         shift = self._flux.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
         self._held_out = held_out_images(config, shift)
@@ -107,9 +107,9 @@ class Worker:
         return Panel(rewards, self._judges, config.evaluation.reference_path, guard.num_images_per_prompt)
 
     def _encode_prompts(self) -> None:
-        """Encode all that this worker will draw; the text encoders are not needed again."""
-        config = self.config
-        prompts, worker = load_prompts(config.prompts.path), (self._rank, self._num_workers)
+        """Of all that this worker will draw, the conditioning: encoded now, or found on disk."""
+        config, worker = self.config, (self._rank, self._num_workers)
+        prompts = load_prompts(config.prompts.path, config.prompts.column)
         wanted = [
             prompt for step in range(config.num_steps) for _, prompt in worker_samples(config, prompts, step, *worker)
         ]
@@ -118,8 +118,7 @@ class Worker:
             drawn.append((self._watch.pictures, len(self._watch.pictures.prompts)))
         for pictures, num_images in drawn:
             wanted += [pictures.prompts[index] for index in pictures.shard(num_images, *worker)]
-        self._encoded = encode_ahead(self._flux, wanted, config.model.max_sequence_length)
-        self._flux.drop_text_encoders()
+        self._encoded = encoder(config, self._flux, wanted)
 
     def resume(self) -> int:
         """The number of steps taken: 0, or the last checkpoint's where Ray Train has restarted the workers."""
@@ -130,6 +129,14 @@ class Worker:
             if self._watch is not None:
                 self._watch.load(Path(folder))
             return self._engine.load(Path(folder))
+
+    def warn(self) -> None:
+        """Say, in print and as a tag, which prompts the encoders cut."""
+        if self._journal is None:
+            return
+        if cut := self._flux.text.too_long(used_prompts(self.config), self.config.model.max_sequence_length):
+            print(f"warning: {cut}", flush=True)
+            self._log(lambda tracker: tracker.set_tag("warning_long_prompts", cut))
 
     def evaluate(self, policy_name: str, step: int) -> None:
         """Draw the held-out prompts and judge the images; keep both under the policy's name."""

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.config import GuardConfig, RunConfig
+from trainer.conditioning import located_guard_prompts
 from trainer.evaluate import HeldOut, Judges
 from trainer.measure import Observations, Panel, metric_names
-from trainer.prompts import draw_guard_prompts, guard_generator, load_prompts
+from trainer.prompts import guard_generator
 from trainer.rollout import Sampling
 from trainer.stop_rules import Check, best_check, broken_rule, exported_check, require_sound_base
 
@@ -115,7 +116,7 @@ class Watch:
 
 def guard_prompts(config: RunConfig, guard: GuardConfig) -> tuple[str, ...]:
     """The prompts of every check. Raises PromptsError where there are fewer than guard.num_prompts."""
-    return draw_guard_prompts(config.seed, load_prompts(guard.prompts_path or config.prompts.path), guard.num_prompts)
+    return tuple(each.prompt for each in located_guard_prompts(config, guard))
 
 
 def reward_metrics(config: RunConfig, guard: GuardConfig) -> dict[str, str]:

@@ -12,6 +12,7 @@ LIGHT = [
     "services.config",
     "services.contract",
     "services.objective",
+    "services.prompt_config",
     "services.reward_client",
     "services.score_files",
     "services.tracking",

@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from services.config import RunConfig, load_run_config
 from trainer.evaluate import Judges
 from trainer.flux import FluxModel
-from trainer.prompts import load_prompts
+from trainer.prompt_files import load_prompts
 from trainer.rollout import Sampling, sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,12 +30,14 @@ def test_weights_stay_small() -> None:
 
 
 def test_no_held_out_prompt_is_trained_on(run: RunConfig) -> None:
-    training, held_out = (load_prompts(ROOT / path) for path in (run.prompts.path, run.evaluation.prompts_path))
+    training, held_out = (
+        load_prompts(ROOT / path, "prompt") for path in (run.prompts.path, run.evaluation.prompts_path)
+    )
     assert not set(training) & set(held_out)
 
 
 def test_trainer_draws_what_the_pipeline_draws_and_judges_know_the_subjects(run: RunConfig) -> None:
-    model, prompts = run.model, list(load_prompts(ROOT / run.evaluation.prompts_path)[:2])
+    model, prompts = run.model, list(load_prompts(ROOT / run.evaluation.prompts_path, "prompt")[:2])
     flux = FluxModel.load(str(ROOT / model.path), torch.float32)
     size = model.height_px, model.width_px
     noise = flux.draw_noise([torch.Generator().manual_seed(seed) for seed in range(2)], *size)

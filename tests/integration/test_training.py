@@ -1,7 +1,8 @@
 """Runs from a run file to an exported model on real Ray Train, DeepSpeed, MLflow and the reward service's app.
 
 Trainings of the same six steps: undisturbed on two workers, on two of which one is killed, and on one worker with
-another micro-batch and ZeRO stage. All must be the same training, and one that its guard ends must be its beginning.
+another micro-batch and ZeRO stage, with the prompts encoded before. All must be the same training, and one that its
+guard ends must be its beginning.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reward_server.models import ClipArgs
 from reward_server.worker import Worker, WorkerArgs
+from services.config import load_run_config
 from services.contract import REWARDS_PATH
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
 from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
+from trainer.conditioning import manifest_of
+from trainer.embeddings import prepare, write_shard
 from trainer.evaluate import Evaluation, to_uint8
+from trainer.flux import load_text_encoders
 from trainer.prompts import evaluation_generator
 
 pytestmark = pytest.mark.slow
@@ -116,22 +121,26 @@ class Bench:
         path.write_text(yaml.safe_dump(run), encoding="utf-8")
         return path
 
-    def start(self, run_file: Path) -> subprocess.Popen[str]:
+    def start(self, run_file: Path, program: str = "trainer.launch") -> subprocess.Popen[str]:
         environment = os.environ | {"RAY_ADDRESS": self.ray_address, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "trainer.launch", run_file.name]
+        command = [sys.executable, "-m", program, run_file.name]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **pipes)  # type: ignore[call-overload]
 
     def train(self, run_file: Path) -> Run:
         """Run to the end and return what it left."""
-        with self.start(run_file) as process:
+        return self.find(run_file.stem, self.finish(run_file))
+
+    def finish(self, run_file: Path, program: str = "trainer.launch") -> str:
+        """What the program prints until it has ended well."""
+        with self.start(run_file, program) as process:
             try:
                 output, _ = process.communicate(timeout=TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 output, _ = process.communicate()
         assert process.returncode == 0, output
-        return self.find(run_file.stem, output)
+        return output
 
     def find(self, name: str, output: str) -> Run:
         client = mlflow.MlflowClient(self.tracking_uri)
@@ -238,11 +247,39 @@ def test_the_exported_model_draws_what_the_trainer_drew(undisturbed: Run) -> Non
     assert not torch.equal(base, aligned)
 
 
-def test_one_worker_with_other_micro_batches_and_stage_is_the_same_training(bench: Bench, undisturbed: Run) -> None:
-    alone = bench.train(bench.write_run("alone", num_workers=1, micro_batch=2, zero_stage=3))
+def changed(run_file: Path, section: str, **values: Any) -> Path:
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    run[section] |= values
+    run_file.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return run_file
+
+
+def test_one_worker_with_other_micro_batches_and_stage_and_prompts_from_disk_is_the_same_training(
+    bench: Bench, undisturbed: Run
+) -> None:
+    run_file = bench.write_run("alone", num_workers=1, micro_batch=2, zero_stage=3)
+    changed(run_file, "prompts", embeddings_path="embeddings", shard_prompts=3)
+    kept = begin_embeddings(run_file, bench.folder)
+    written = kept.stat().st_mtime_ns
+    told = bench.finish(run_file, "trainer.embed")
+    assert f"{len(PROMPTS)} prompts, 2 of them embedded before" in told
+    assert f"embedded {len(PROMPTS) - 2}/{len(PROMPTS) - 2} prompts" in told, "in shards of three"
+    assert kept.stat().st_mtime_ns == written, "what was there is not made again"
+    assert sorted(path.suffix for path in kept.parent.iterdir()) == [".json"] + 3 * [".safetensors"]
+    alone = bench.train(run_file)
     for metric in ("loss", "grad_norm", "reward_denoise", "reward_invert"):
         assert alone.last_values(metric) == pytest.approx(undisturbed.last_values(metric), abs=1e-5)
     torch.testing.assert_close(alone.weights(), undisturbed.weights(), rtol=0, atol=1e-4)
+
+
+def begin_embeddings(run_file: Path, folder: Path) -> Path:
+    """What a job that was killed leaves: a shard of two prompts, and a part of another. Returns the shard."""
+    run, embeddings = load_run_config(run_file), folder / "embeddings"
+    prepare(embeddings, manifest_of(run, folder / "flux"))
+    text = load_text_encoders(str(folder / "flux"), torch.float32)
+    shard = write_shard(embeddings, PROMPTS[:2], text.encode_prompts(PROMPTS[:2], MAX_SEQUENCE_LENGTH))
+    (embeddings / "0.safetensors.partial").write_bytes(shard.read_bytes()[:100])
+    return shard
 
 
 def test_a_killed_worker_costs_steps_but_changes_nothing(bench: Bench, undisturbed: Run) -> None:
@@ -295,6 +332,7 @@ def rule_broken_first_at(run: Run, step: int) -> dict[str, Any]:
 
 
 def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:
+    """And a run whose encoder is too short for its prompts says that."""
     workers, seen = set(), threading.Event()
 
     def on_request(_: int, pid: int) -> None:
@@ -302,13 +340,17 @@ def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:
         seen.set()
 
     bench.wiretap.on_request = on_request
-    run_file = bench.write_run("stopped")
+    run_file = changed(bench.write_run("stopped"), "model", max_sequence_length=3)
     with bench.start(run_file) as process:
         assert seen.wait(TIMEOUT_S)
         running = [psutil.Process(pid) for pid in workers]
         process.terminate()
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert bench.find("stopped", output).record.info.status == "KILLED"
+    record = bench.find("stopped", output).record
+    assert record.info.status == "KILLED"
+    warning = record.data.tags["warning_long_prompts"]
+    assert f"of {len(PROMPTS)} prompts have more than 3 T5 tokens (model.max_sequence_length)" in warning
+    assert output.count(f"warning: {warning}") == 1
     _, alive = psutil.wait_procs(running, timeout=30)
     assert not alive

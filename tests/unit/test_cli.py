@@ -38,7 +38,7 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *named: str) -> No
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["run", "submit", "evaluate"])
+@pytest.mark.parametrize("command", ["run", "submit", "embed", "evaluate"])
 def test_an_unknown_key_is_named(command: str, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(RUN.read_text(encoding="utf-8") + "\nnum_step: 60\n", encoding="utf-8")
@@ -49,7 +49,9 @@ def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
     assert_one_line(srpo("run", str(tmp_path / "absent.yaml")), "absent.yaml")
 
 
-@pytest.mark.parametrize("arguments", [("submit", str(RUN)), ("evaluate", str(RUN)), ("jobs",), ("stop", "some_job")])
+@pytest.mark.parametrize(
+    "arguments", [(name, str(RUN)) for name in ("submit", "embed", "evaluate")] + [("jobs",), ("stop", "job")]
+)
 def test_an_absent_cluster_is_named_with_the_cure(arguments: tuple[str, ...], absent_url: str) -> None:
     assert_one_line(srpo(*arguments, "--address", absent_url), absent_url, "make up")
 

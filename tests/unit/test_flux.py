@@ -11,7 +11,8 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
-from trainer.flux import Conditioning, FluxModel, ModelError, check_model_path
+from trainer.flux import FluxModel, ModelError, check_model_path
+from trainer.text_encoders import Conditioning
 
 SIZE = HEIGHT_PX, WIDTH_PX
 

@@ -64,7 +64,13 @@ def free_port() -> int:
         ("model", {"hieght_px": 32}, ["model.hieght_px", "Extra inputs"]),
         ("model", {"path": "nowhere/at/all"}, ["model.path nowhere/at/all", "no such folder"]),
         ("prompts", {"path": "missing.txt"}, ["missing.txt", "No such file"]),
-        ("evaluation", {"prompts_path": "empty.txt"}, ["empty.txt is empty", "one prompt a line"]),
+        ("prompts", {"path": "train.csv"}, ["prompts.path: prompt file", "train.csv", "must end in .txt"]),
+        ("prompts", {"embeddings_path": "nowhere"}, ["prompts.embeddings_path", "nowhere", "srpo embed"]),
+        (
+            "evaluation",
+            {"prompts_path": "empty.txt"},
+            ["evaluation.prompts_path", "empty.txt is empty", "one prompt a line"],
+        ),
         ("evaluation", {"judge_path": "nowhere"}, ["evaluation.judge_path", "null"]),
         ("objective", {"delta_sigma": 0.5}, ["objective.delta_sigma 0.5", "[0.7500, 0.9643]"]),
         ("guard", {"num_prompts": 2}, ["guard.num_prompts 2 is more than the 1 prompts"]),
@@ -124,10 +130,12 @@ def test_an_unreachable_cluster_is_named_with_its_cure(
 def test_paths_become_absolute_and_a_hub_id_stays(run: dict[str, Any], tmp_path: Path) -> None:
     run["model"]["path"] = "black-forest-labs/FLUX.1-dev"
     run["evaluation"]["judge_path"] = "judge"
+    run["prompts"]["embeddings_path"] = "embeddings"
     config = with_absolute_paths(load_run_config(write(run)))
     assert config.model.path == "black-forest-labs/FLUX.1-dev"
     assert config.prompts.path == config.evaluation.prompts_path == tmp_path / "train.txt"
     assert config.evaluation.judge_path == tmp_path / "judge"
+    assert config.prompts.embeddings_path == tmp_path / "embeddings"
     assert config.output_dir == tmp_path / "outputs"
 
 

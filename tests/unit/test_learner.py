@@ -15,6 +15,9 @@ from services.contract import Float32, PromptPair, RewardResponse
 from tests.local_reward import LocalReward
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
 from tests.workers import in_workers
+from trainer.conditioning import manifest_of
+from trainer.embeddings import prepare, write_shard
+from trainer.flux import load_text_encoders
 
 GLOBAL_BATCH = 4
 REWARDS = [
@@ -40,15 +43,23 @@ Layout = tuple[int, int, int]
 Result = tuple[dict[str, float], dict[str, Tensor]]
 
 
-def make_run(folder: Path, objective: dict[str, Any], num_workers: int, micro_batch: int, zero_stage: int) -> RunConfig:
+def make_run(
+    folder: Path,
+    objective: dict[str, Any],
+    num_workers: int,
+    micro_batch: int,
+    zero_stage: int,
+    embeddings_path: Path | None = None,
+) -> RunConfig:
     """One step. AdamW with so large an epsilon moves a weight by lr times its gradient."""
     size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    prompts = {"path": folder / "prompts.txt", "embeddings_path": embeddings_path}
     engine = {"num_workers": num_workers, "micro_batch": micro_batch, "zero_stage": zero_stage}
     run = {
         "name": "step",
         "num_steps": 1,
         "model": {"path": str(folder / "flux"), **size},
-        "prompts": {"path": folder / "prompts.txt"},
+        "prompts": prompts,
         "control_words": {"positive": "3D", "negative": "Flat"},
         "rollout": {"num_steps": 2},
         "objective": objective,
@@ -66,19 +77,15 @@ def score(name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tup
 
 def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
     """A training step of each run; worker 0 writes its numbers and the weights after it."""
+    from trainer.conditioning import encoder, load_flux
     from trainer.engine import Engine, init_distributed
-    from trainer.flux import FluxModel
     from trainer.learner import Learner, num_backwards
 
     device = init_distributed(use_gpu=False)
     for run, path in runs:
-        flux = FluxModel.load(run.model.path, torch.float32)
+        flux = load_flux(run, device)
         engine = Engine.create(flux.transformer, run.optimizer, run.engine, num_backwards(run), torch.float32)
-
-        def encode(prompts: Sequence[str], flux: FluxModel = flux) -> Any:
-            return flux.encode_prompts(prompts, MAX_SEQUENCE_LENGTH)
-
-        learner = Learner(run, engine, flux, score, encode)
+        learner = Learner(run, engine, flux, score, encoder(run, flux, PROMPTS))
         for injections in learner.roll_out(step=3):
             for injection in injections:
                 learner.learn(injection)
@@ -92,18 +99,24 @@ def results(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     folder = tmp_path_factory.mktemp("step")
     (folder / "flux").symlink_to(flux_folder)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    places = {(name, layout): folder / f"{name}-{layout}.pt" for name in OBJECTIVES for layout in LAYOUTS}
+    runs = {(name, layout): make_run(folder, OBJECTIVES[name], *layout) for name in OBJECTIVES for layout in LAYOUTS}
+    runs["embedded", LAYOUTS[0]] = embedded = make_run(folder, {}, *LAYOUTS[0], embeddings_path=folder / "embeddings")
+    embed(embedded)
+    paths = {place: folder / f"{number}.pt" for number, place in enumerate(runs)}
     for num_workers in (1, 2):
-        in_workers(
-            num_workers,
-            take_steps,
-            [
-                (make_run(folder, OBJECTIVES[name], *layout), path)
-                for (name, layout), path in places.items()
-                if layout[0] == num_workers
-            ],
-        )
-    return {place: torch.load(path) for place, path in places.items()}
+        places = [place for place in runs if place[1][0] == num_workers]
+        in_workers(num_workers, take_steps, [(runs[place], paths[place]) for place in places])
+    return {place: torch.load(path) for place, path in paths.items()}
+
+
+def embed(run: RunConfig) -> None:
+    """As `srpo embed` does, in shards that no micro-batch equals."""
+    folder, source = run.prompts.embeddings_path, Path(run.model.path)
+    assert folder is not None
+    prepare(folder, manifest_of(run, source))
+    text = load_text_encoders(str(source), torch.float32)
+    for prompts in (PROMPTS[:3], PROMPTS[3:]):
+        write_shard(folder, prompts, text.encode_prompts(prompts, MAX_SEQUENCE_LENGTH))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
@@ -119,3 +132,14 @@ def test_a_step_is_the_same_in_every_layout(
     start = flux.transformer.state_dict()
     assert max((expected_weights[key] - start[key]).abs().max() for key in start) > 1e-4, "the gradient shows"
     torch.testing.assert_close(dict(weights), dict(expected_weights), rtol=0, atol=1e-7)
+
+
+def test_a_step_with_embeddings_from_disk_is_the_same_to_the_last_bit(
+    results: dict[tuple[str, Layout], Result],
+) -> None:
+    (numbers, weights), (expected_numbers, expected_weights) = (
+        results[name, LAYOUTS[0]] for name in ("embedded", "default")
+    )
+    for key in (key for key in numbers if not key.startswith("seconds_")):
+        assert numbers[key] == expected_numbers[key], key
+    assert all(weight.equal(expected_weights[name]) for name, weight in weights.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.prompts import (
-    PromptsError,
     batch_indices,
     draw_levels,
     evaluation_generator,
     image_generator,
     injection_generator,
-    load_prompts,
     noise_generator,
     shard,
 )
@@ -97,19 +94,3 @@ def test_every_injection_has_noise_of_its_own() -> None:
 def test_impossible_draws_are_refused() -> None:
     with pytest.raises(ValueError, match="seed must be 0 or more"):
         noise_generator(-1, 0, 0)
-
-
-def test_prompt_file_is_read_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("grinning face\n\n  piñata \r\nred heart", encoding="utf-8")
-    assert load_prompts(path) == ("grinning face", "piñata", "red heart")
-
-
-@pytest.mark.parametrize(("content", "problem"), [(None, "cannot read"), (b" \n\n", "empty"), (b"\xff\xfe", "UTF-8")])
-def test_unusable_prompt_file_is_named(tmp_path: Path, content: bytes | None, problem: str) -> None:
-    path = tmp_path / "prompts.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(PromptsError, match=problem) as caught:
-        load_prompts(path)
-    assert str(path) in str(caught.value)

@@ -19,7 +19,7 @@ from services.config import load_run_config
 from tests.tiny_judges import make_tiny_judges
 from trainer.evaluate import Judges
 from trainer.measure import Panel
-from trainer.prompts import load_prompts
+from trainer.prompt_files import load_prompts
 from trainer.rollout import Sampling
 from trainer.watch import Watch, measured_metrics
 
@@ -76,7 +76,7 @@ def test_prompts_are_some_of_the_training_prompts_and_always_the_same(tmp_path: 
     first, second = make_watch(tmp_path, num_prompts=20), make_watch(tmp_path, num_prompts=20)
     assert first.pictures.prompts == second.pictures.prompts
     assert len(set(first.pictures.prompts)) == 20
-    assert set(first.pictures.prompts) <= set(load_prompts(ROOT / "deploy/tiny/prompts/train.txt"))
+    assert set(first.pictures.prompts) <= set(load_prompts(ROOT / "deploy/tiny/prompts/train.txt", "prompt"))
 
 
 def test_a_reward_that_is_pleased_whatever_the_words_ends_the_run(tmp_path: Path) -> None:

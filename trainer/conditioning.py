@@ -1,0 +1,97 @@
+"""The prompts that a run uses, and what gives their conditioning: encoded ahead in the run, or by `srpo embed` before.
+
+encode = encoder(config, flux, prompts)
+conditioning = encode(prompts[:4])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from services.config import GuardConfig, RunConfig
+from services.prompt_config import PromptsPath
+from trainer.embeddings import Embeddings, Manifest, fingerprint
+from trainer.flux import FluxModel
+from trainer.prompt_files import Located, PromptsError, locate_prompts
+from trainer.prompts import batch_indices, draw_guard_prompts
+from trainer.text_encoders import Conditioning
+
+Encode = Callable[[Sequence[str]], Conditioning]
+
+
+def used_prompts(config: RunConfig) -> list[Located]:
+    """Every prompt that the run will encode, once, with where it stands. Raises PromptsError naming the key as well."""
+    training = _located(config, "prompts.path", config.prompts.path)
+    drawn = (
+        training[index]
+        for step in range(config.num_steps)
+        for index in batch_indices(config.seed, step, config.engine.global_batch, len(training))
+    )
+    held_out = _located(config, "evaluation.prompts_path", config.evaluation.prompts_path)
+    guard = located_guard_prompts(config, config.guard) if config.guard else ()
+    by_text: dict[str, Located] = {}
+    for each in (*drawn, *held_out, *guard):
+        by_text.setdefault(each.prompt, each)
+    return list(by_text.values())
+
+
+def located_guard_prompts(config: RunConfig, guard: GuardConfig) -> tuple[Located, ...]:
+    """The prompts of every check. Raises PromptsError where there are fewer than guard.num_prompts."""
+    key, path = "guard.prompts_path", guard.prompts_path
+    if path is None:
+        key, path = "prompts.path", config.prompts.path
+    return draw_guard_prompts(config.seed, _located(config, key, path), guard.num_prompts)
+
+
+def manifest_of(config: RunConfig, source: Path) -> Manifest:
+    """What the run's embeddings depend on; `source` is the model's folder."""
+    return Manifest(fingerprint(source), config.model.max_sequence_length, config.model.dtype)
+
+
+def check_embeddings(config: RunConfig, prompts: Iterable[str]) -> None:
+    """Raise EmbeddingsError where training could not read the prompts' embeddings."""
+    folder, source = config.prompts.embeddings_path, Path(config.model.path)
+    if folder is not None:
+        manifest = manifest_of(config, source) if source.is_dir() else None  # the hub's: workers fetch it and compare
+        Embeddings.open(folder, manifest).require(prompts)
+
+
+def load_flux(config: RunConfig, device: torch.device, *, gradient_checkpointing: bool = False) -> FluxModel:
+    """The run's model; without text encoders where the run reads embeddings. Raises ModelError."""
+    encodes = config.prompts.embeddings_path is None
+    path, dtype = config.model.path, getattr(torch, config.model.dtype)
+    return FluxModel.load(path, dtype, device, gradient_checkpointing=gradient_checkpointing, text_encoders=encodes)
+
+
+def encoder(config: RunConfig, flux: FluxModel, prompts: Sequence[str]) -> Encode:
+    """What gives the conditioning of these prompts, of load_flux's model. The text encoders are not needed again.
+
+    Raises EmbeddingsError where prompts.embeddings_path has not all of them.
+    """
+    folder = config.prompts.embeddings_path
+    if folder is None:
+        encode = encode_ahead(flux, prompts, config.model.max_sequence_length)
+        flux.drop_text_encoders()
+        return encode
+    assert flux.source is not None  # load_flux's has one
+    embeddings = Embeddings.open(folder, manifest_of(config, flux.source))
+    embeddings.require(prompts)
+    return lambda wanted: embeddings.read(wanted, flux.device)
+
+
+def encode_ahead(flux: FluxModel, prompts: Sequence[str], max_sequence_length: int) -> Encode:
+    """Encode each prompt once; returns what looks their conditioning up."""
+    unique = list(dict.fromkeys(prompts))
+    table = flux.encode_prompts(unique, max_sequence_length)
+    row_of = {prompt: row for row, prompt in enumerate(unique)}
+    return lambda wanted: table[[row_of[prompt] for prompt in wanted]]
+
+
+def _located(config: RunConfig, key: str, path: PromptsPath) -> list[Located]:
+    try:
+        return locate_prompts(path, config.prompts.column)
+    except PromptsError as error:
+        raise PromptsError(f"{key}: {error}") from error
