@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainer.flow import dynamic_shift
@@ -234,7 +235,7 @@ def _load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str,
 
     try:
         return FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model.path {source} cannot be loaded: {error}") from error
 
 

@@ -132,6 +132,20 @@ def test_text_encoders_alone_give_what_the_whole_model_gives(flux: FluxModel, fl
         load_text_encoders(str(flux_folder / "absent"), torch.float32)
 
 
+def test_a_model_without_text_encoders_reads_none_and_still_saves_them(flux_folder: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(flux_folder, tmp_path / "source"))
+    weights = [source / name / "model.safetensors" for name in ("text_encoder", "text_encoder_2")]
+    for file in weights:
+        file.write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        FluxModel.load(str(source), torch.float32)
+    without = FluxModel.load(str(source), torch.float32, text_encoders=False)
+    assert without.text.num_t5_tokens(PROMPTS[:1])
+    without.save_pipeline(without.transformer, tmp_path / "saved")
+    for file in weights:
+        assert (tmp_path / "saved" / file.relative_to(source)).read_bytes() == b"not weights"
+
+
 def test_prompts_that_the_encoders_cut_are_told_with_count_limit_and_first_place(flux_folder: Path) -> None:
     text = load_text_encoders(str(flux_folder), torch.float32, only_tokenizers=True)
     (num_tokens,) = text.num_t5_tokens([PROMPTS[0]])
