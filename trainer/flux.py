@@ -76,11 +76,11 @@ class FluxModel:
         self.transformer: nn.Module = pipeline.transformer
         self.vae = pipeline.vae
         self.source = source
-        self.dtype: torch.dtype = pipeline.transformer.dtype
-        self.device: torch.device = pipeline.transformer.device
+        self.dtype: torch.dtype = pipeline.vae.dtype
+        self.device: torch.device = pipeline.vae.device
         self._pipeline = pipeline
-        self._has_guidance: bool = pipeline.transformer.config.guidance_embeds
-        self._num_channels: int = pipeline.transformer.config.in_channels
+        self._has_guidance: bool = pipeline.transformer is not None and pipeline.transformer.config.guidance_embeds
+        self._num_channels: int = pipeline.vae.config.latent_channels * _PATCH**2
         for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -98,18 +98,17 @@ class FluxModel:
 
         With gradient_checkpointing the transformer's blocks and the VAE's decoder are recomputed in the backward.
         """
-        check_model_path(path)
-        from diffusers import FluxPipeline  # on use: 5 s that launch.py, which only checks the path, need not wait for
-
-        try:
-            source = Path(path) if Path(path).is_dir() else Path(FluxPipeline.download(path))
-            pipeline = FluxPipeline.from_pretrained(source, dtype=dtype).to(device)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model.path {path} cannot be loaded: {error}") from error
+        pipeline, source = _load_pipeline(path, dtype, device)
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
         return cls(pipeline, source)
+
+    @classmethod
+    def load_vae(cls, path: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> FluxModel:
+        """As `load`, but only what encodes and decodes images: no transformer and no text encoders in memory."""
+        absent = dict.fromkeys(("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        return cls(*_load_pipeline(path, dtype, device, **absent))
 
     @property
     def max_sequence_length(self) -> int:
@@ -129,11 +128,14 @@ class FluxModel:
         self._pipeline.text_encoder = self._pipeline.text_encoder_2 = None
 
     def resolve_shift(self, shift: float | Literal["dynamic"], height_px: int, width_px: int) -> float:
-        """The sigma schedule's shift as a number; "dynamic" is the checkpoint's own, by resolution."""
+        """The sigma schedule's shift as a number; "dynamic" is the checkpoint's own, by resolution.
+
+        Raises ModelError for sizes that the model cannot make.
+        """
+        rows, columns = self._token_grid(height_px, width_px)
         if shift != "dynamic":
             return shift
         config = self._pipeline.scheduler.config
-        rows, columns = self._token_grid(height_px, width_px)
         return dynamic_shift(
             rows * columns,
             base_num_tokens=config.base_image_seq_len,
@@ -191,6 +193,18 @@ class FluxModel:
         (decoded,) = self.vae.decode(unpacked.to(self.vae.dtype), return_dict=False)
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, height_px, width_px) in [0, 1] to packed latents, float32: decode_image's inverse, nearly.
+
+        The mean of the VAE's posterior, not a sample: its spread is far below what the VAE loses, and the mean needs
+        no noise, so that an image has the same latents whenever and beside whichever others it is encoded.
+        """
+        self._token_grid(*images.shape[2:])
+        config = self.vae.config
+        encoded = self.vae.encode((images * 2 - 1).to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        return self.pack((encoded.float() - config.shift_factor) * config.scaling_factor)
+
     def pack(self, latents: Tensor) -> Tensor:
         """(batch, channels, height, width) to (batch, tokens, 4·channels)."""
         patches = latents.unfold(2, _PATCH, _PATCH).unfold(3, _PATCH, _PATCH)  # batch, channels, rows, columns, 2, 2
@@ -230,9 +244,33 @@ class FluxModel:
         token_px = self._pipeline.vae_scale_factor * _PATCH
         if height_px % token_px or width_px % token_px:
             raise ModelError(
-                f"model.height_px and model.width_px must be multiples of {token_px}, not {height_px} and {width_px}"
+                f"model.height_px and model.width_px must be multiples of {token_px}, not {height_px} and {width_px} "
+                "(a size of model.sizes likewise)"
             )
         return height_px // token_px, width_px // token_px
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a model that may be a hub id, and is then downloaded. Raises ModelError."""
+    check_model_path(path)
+    from diffusers import FluxPipeline  # on use: 5 s that launch.py, which only checks the path, need not wait for
+
+    try:
+        return Path(path) if Path(path).is_dir() else Path(FluxPipeline.download(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {path} cannot be loaded: {error}") from error
+
+
+def _load_pipeline(
+    path: str, dtype: torch.dtype, device: torch.device | str, **absent: None
+) -> tuple[FluxPipeline, Path]:
+    source = model_folder(path)
+    from diffusers import FluxPipeline
+
+    try:
+        return FluxPipeline.from_pretrained(source, dtype=dtype, **absent).to(device), source
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {path} cannot be loaded: {error}") from error
 
 
 def encode_ahead(

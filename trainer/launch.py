@@ -13,10 +13,11 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import ray
+from pydantic import BaseModel
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -24,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from services.config import ConfigError, RunConfig, load_run_config
 from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
+from trainer.batches import open_batches
 from trainer.flow import level_sigmas, num_delta_levels
 from trainer.flux import check_model_path
 from trainer.prompts import load_prompts
@@ -37,6 +39,9 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on its warnings
 }
+
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class LaunchError(RuntimeError):
@@ -79,17 +84,23 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         update={
             "output_dir": config.output_dir.resolve(),
             "model": model.model_copy(update={"path": path}),
-            "prompts": config.prompts.model_copy(update={"path": config.prompts.path.resolve()}),
+            "prompts": _resolved(config.prompts, "path"),
+            "dataset": _resolved(config.dataset, "path", "latents_path"),
             "evaluation": evaluation.model_copy(update=held_out),
             "guard": guard,
         }
     )
 
 
+def _resolved(section: Section | None, *paths: str) -> Section | None:
+    return section and section.model_copy(update={name: getattr(section, name).resolve() for name in paths})
+
+
 def validate(config: RunConfig) -> None:
     """Raise, naming the thing and the cure, for what would otherwise fail in a worker minutes later."""
-    for path in (config.prompts.path, config.evaluation.prompts_path):
-        load_prompts(path)
+    load_prompts(config.evaluation.prompts_path)
+    folder = Path(config.model.path)
+    open_batches(config, folder if (folder / "vae").is_dir() else None)
     judges = config.evaluation.judge_path
     if judges is not None and not judges.is_dir():
         raise LaunchError(f"evaluation.judge_path {judges} is not a folder: give one, or null to do without judges")
@@ -183,13 +194,14 @@ def make_trainer(config: RunConfig, run_id: str) -> TorchTrainer:
             storage_path=str(config.output_dir / config.name / "checkpoints"),
             failure_config=FailureConfig(max_failures=checkpoint.max_failures),
             checkpoint_config=CheckpointConfig(checkpoint.num_kept, BEST_STEP if config.guard else None),
-            worker_runtime_env={"env_vars": _worker_environment(config)},
+            worker_runtime_env={"env_vars": worker_environment(config)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
 
 
-def _worker_environment(config: RunConfig) -> dict[str, str]:
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """The variables that every worker of a run is started with."""
     python_path = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         "PYTHONPATH": os.pathsep.join(python_path),  # a checkout that is not installed

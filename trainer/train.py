@@ -23,12 +23,12 @@ from services.config import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from services.reward_client import RewardClient
 from services.tracking import Tracker
+from trainer.batches import open_batches
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
 from trainer.flux import FluxModel, encode_ahead
 from trainer.learner import Learner, num_backwards, worker_samples
 from trainer.measure import Panel
-from trainer.prompts import load_prompts
 from trainer.record import Journal, StepNumbers, progress_line
 from trainer.stop_rules import BEST_STEP
 from trainer.watch import Watch, reward_metrics
@@ -109,10 +109,9 @@ class Worker:
     def _encode_prompts(self) -> None:
         """Encode all that this worker will draw; the text encoders are not needed again."""
         config = self.config
-        prompts, worker = load_prompts(config.prompts.path), (self._rank, self._num_workers)
-        wanted = [
-            prompt for step in range(config.num_steps) for _, prompt in worker_samples(config, prompts, step, *worker)
-        ]
+        batches, worker = open_batches(config), (self._rank, self._num_workers)
+        steps = range(config.num_steps)
+        wanted = [prompt for step in steps for _, prompt in worker_samples(config, batches.batch(step), *worker)]
         drawn = [(self._held_out, len(self._held_out.prompts)), (self._held_out, self._num_grid_images)]
         if self._watch is not None:
             drawn.append((self._watch.pictures, len(self._watch.pictures.prompts)))

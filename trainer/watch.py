@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.config import GuardConfig, RunConfig
+from trainer.batches import open_batches
 from trainer.evaluate import HeldOut, Judges
 from trainer.measure import Observations, Panel, metric_names
 from trainer.prompts import draw_guard_prompts, guard_generator, load_prompts
@@ -115,7 +116,10 @@ class Watch:
 
 def guard_prompts(config: RunConfig, guard: GuardConfig) -> tuple[str, ...]:
     """The prompts of every check. Raises PromptsError where there are fewer than guard.num_prompts."""
-    return draw_guard_prompts(config.seed, load_prompts(guard.prompts_path or config.prompts.path), guard.num_prompts)
+    prompts = (
+        load_prompts(guard.prompts_path) if guard.prompts_path else tuple(dict.fromkeys(open_batches(config).prompts))
+    )
+    return draw_guard_prompts(config.seed, prompts, guard.num_prompts)
 
 
 def reward_metrics(config: RunConfig, guard: GuardConfig) -> dict[str, str]:

@@ -30,6 +30,7 @@ def test_weights_stay_small() -> None:
 
 
 def test_no_held_out_prompt_is_trained_on(run: RunConfig) -> None:
+    assert run.prompts is not None
     training, held_out = (load_prompts(ROOT / path) for path in (run.prompts.path, run.evaluation.prompts_path))
     assert not set(training) & set(held_out)
 

@@ -126,6 +126,7 @@ def test_paths_become_absolute_and_a_hub_id_stays(run: dict[str, Any], tmp_path:
     run["evaluation"]["judge_path"] = "judge"
     config = with_absolute_paths(load_run_config(write(run)))
     assert config.model.path == "black-forest-labs/FLUX.1-dev"
+    assert config.prompts is not None
     assert config.prompts.path == config.evaluation.prompts_path == tmp_path / "train.txt"
     assert config.evaluation.judge_path == tmp_path / "judge"
     assert config.output_dir == tmp_path / "outputs"
