@@ -4,6 +4,7 @@
     srpo submit RUN.yaml                   train as a Ray job and follow it
     srpo embed RUN.yaml                    encode its prompts before it trains, as a Ray job
     srpo evaluate RUN.yaml [MODEL …]       compare with the base model, as a Ray job
+    srpo encode RUN.yaml                   a dataset's images into latents, as a Ray job
     srpo jobs | srpo stop JOB              what runs on the cluster, and an end to it
     srpo sample MODEL --prompt … -o FILE   draw with a model
     srpo score IMAGE… --prompt … --positive … --negative …
@@ -33,8 +34,13 @@ from services.reward_client import RewardClient, RewardError
 from services.score_files import score_files
 from services.try_words import try_words
 
+_PROGRAMS = {  # that take a run file and are Ray jobs
+    "submit": "trainer.launch",
+    "evaluate": "trainer.compare",
+    "embed": "trainer.embed",
+    "encode": "trainer.encode",
+}
 _EXIT_INTERRUPTED = 130  # as shells have it
-_PROGRAMS = {"submit": "trainer.launch", "embed": "trainer.embed"}  # that take a run file and are Ray jobs
 _NUM_ATTEMPTS = 2  # somebody is waiting, and is told soon that the service is not there
 _DEFAULT_REWARD_URL = RewardServiceConfig.model_fields["url"].default
 
@@ -60,10 +66,8 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
         case "run":
             load_run_config(args.run)  # a typing mistake shows at once, not after the imports of the trainer
             _become("trainer.launch", str(args.run))
-        case "submit" | "embed":
-            return submit(args.run, args.address, _PROGRAMS[args.command])
-        case "evaluate":
-            return evaluate(args.run, args.models, args.address)
+        case "submit" | "embed" | "evaluate" | "encode":
+            return submit(args.command, args.run, getattr(args, "models", ()), args.address)
         case "jobs":
             return list_jobs(Jobs(args.address))
         case "stop":
@@ -78,18 +82,13 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
     raise AssertionError(args.command)
 
 
-def submit(run_file: Path, address: str, program: str) -> int:
-    """Submit and follow. Ctrl-C ends only the following: the job goes on."""
-    load_run_config(run_file)
-    jobs = Jobs(address)
-    return follow(jobs, jobs.submit(run_file.absolute(), program=program))
-
-
-def evaluate(run_file: Path, models: Sequence[str], address: str) -> int:
-    """Compare models with the run's base model in a Ray job, and follow it. Ctrl-C ends only the following."""
+def submit(command: str, run_file: Path, arguments: Sequence[str], address: str) -> int:
+    """Submit the command's program as a Ray job, and follow it. Ctrl-C ends only the following: the job goes on."""
     config = load_run_config(run_file)
-    jobs, num_gpus = Jobs(address), int(config.engine.use_gpu)
-    return follow(jobs, jobs.submit(run_file.absolute(), models, "trainer.compare", num_gpus))
+    if command == "encode" and config.dataset is None:
+        raise UsageError(f"{run_file} has no dataset, so that there is nothing to encode")
+    jobs, num_gpus = Jobs(address), int(command == "evaluate" and config.engine.use_gpu)
+    return follow(jobs, jobs.submit(run_file.absolute(), arguments, _PROGRAMS[command], num_gpus))
 
 
 def follow(jobs: Jobs, job_id: str) -> int:
@@ -133,12 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", help="train as a Ray job and follow it")
     embed = commands.add_parser("embed", help="encode a run's prompts before it trains, as a Ray job")
     evaluate = commands.add_parser("evaluate", help="compare models with a run's base model, as a Ray job")
+    encode = commands.add_parser("encode", help="a dataset's images into latents for training, as a Ray job")
     jobs = commands.add_parser("jobs", help="list the cluster's jobs")
     stop = commands.add_parser("stop", help="stop a job")
-    for command in (run, submit, embed, evaluate):
+    for command in (run, submit, embed, evaluate, encode):
         command.add_argument("run", type=Path, metavar="RUN.yaml", help="see deploy/runs/")
     evaluate.add_argument("models", nargs="*", metavar="[NAME=]FOLDER", help="a model or checkpoint (the run's model)")
-    for command in (submit, embed, evaluate, jobs, stop):
+    for command in (submit, embed, evaluate, encode, jobs, stop):
         command.add_argument("--address", default=DEFAULT_ADDRESS, help="the cluster's dashboard (%(default)s)")
     stop.add_argument("job", metavar="JOB", help="as `srpo jobs` lists it")
     commands.add_parser("sample", add_help=False, help="draw with a model: srpo sample MODEL --prompt TEXT -o FILE")

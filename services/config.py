@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from services.dataset import DatasetConfig
 from services.objective import (
     ControlWordsConfig,
     Frozen,
@@ -35,7 +36,21 @@ class ModelConfig(Frozen):
     dtype: Literal["float32", "bfloat16"] = "float32"
     height_px: Positive
     width_px: Positive
+    # (height_px, width_px) of training, in place of the one size above, which stays that of evaluation and guard. Each
+    # step has one of them: all equally often for rollouts; for a dataset, whose buckets they are, by number of images.
+    sizes: tuple[tuple[Positive, Positive], ...] = ()
     max_sequence_length: Positive = 512  # T5 tokens per prompt
+
+    @model_validator(mode="after")
+    def _sizes_differ(self) -> ModelConfig:
+        if len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"sizes: each size may come once, not {list(self.sizes)}")
+        return self
+
+    @property
+    def training_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The (height_px, width_px) of training steps, one at least."""
+        return self.sizes or ((self.height_px, self.width_px),)
 
 
 class RolloutConfig(Frozen):
@@ -184,7 +199,8 @@ class RunConfig(Frozen):
     num_steps: Positive
     output_dir: Path = Path("outputs")  # the run writes to output_dir/name
     model: ModelConfig
-    prompts: PromptsConfig
+    prompts: PromptsConfig = PromptsConfig()
+    dataset: DatasetConfig | None = None  # real images in place of prompts.path, and no rollout in training
     control_words: ControlWordsConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -197,6 +213,13 @@ class RunConfig(Frozen):
     guard: GuardConfig | None = None
     comparison: ComparisonConfig = ComparisonConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> RunConfig:
+        if (self.prompts.path is None) == (self.dataset is None):
+            given = "neither" if self.dataset is None else "both (a dataset's captions are its prompts)"
+            raise ValueError(f"give either prompts.path, to roll out, or dataset, to train on real images, not {given}")
+        return self
 
     @model_validator(mode="after")
     def _rewards_fit_together(self) -> RunConfig:

@@ -14,7 +14,7 @@ PromptsPath = Path | Benchmark
 
 
 class PromptsConfig(Frozen):
-    path: PromptsPath
+    path: PromptsPath | None = None  # what is rolled out; or else `dataset`, real images
     column: Word = "prompt"  # the text in .jsonl and .parquet files, here, in evaluation and in guard
     # Folder that `srpo embed` fills and training reads, in place of loading the text encoders. None: the run encodes.
     embeddings_path: Path | None = None

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from services.config import GuardConfig, RunConfig
-from services.prompt_config import PromptsPath
+from trainer.batches import located_prompts, open_batches
 from trainer.embeddings import Embeddings, Manifest, fingerprint
 from trainer.flux import FluxModel
-from trainer.prompt_files import Located, PromptsError, locate_prompts
-from trainer.prompts import batch_indices, draw_guard_prompts
+from trainer.prompt_files import Located
+from trainer.prompts import draw_guard_prompts
 from trainer.text_encoders import Conditioning
 
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -24,13 +24,12 @@ Encode = Callable[[Sequence[str]], Conditioning]
 
 def used_prompts(config: RunConfig) -> list[Located]:
     """Every prompt that the run will encode, once, with where it stands. Raises PromptsError naming the key as well."""
-    training = _located(config, "prompts.path", config.prompts.path)
+    batches = open_batches(config)
+    place_of = dict(batches.located)
     drawn = (
-        training[index]
-        for step in range(config.num_steps)
-        for index in batch_indices(config.seed, step, config.engine.global_batch, len(training))
+        Located(prompt, place_of[prompt]) for step in range(config.num_steps) for prompt in batches.batch(step).prompts
     )
-    held_out = _located(config, "evaluation.prompts_path", config.evaluation.prompts_path)
+    held_out = located_prompts(config, "evaluation.prompts_path", config.evaluation.prompts_path)
     guard = located_guard_prompts(config, config.guard) if config.guard else ()
     by_text: dict[str, Located] = {}
     for each in (*drawn, *held_out, *guard):
@@ -40,10 +39,11 @@ def used_prompts(config: RunConfig) -> list[Located]:
 
 def located_guard_prompts(config: RunConfig, guard: GuardConfig) -> tuple[Located, ...]:
     """The prompts of every check. Raises PromptsError where there are fewer than guard.num_prompts."""
-    key, path = "guard.prompts_path", guard.prompts_path
-    if path is None:
-        key, path = "prompts.path", config.prompts.path
-    return draw_guard_prompts(config.seed, _located(config, key, path), guard.num_prompts)
+    if guard.prompts_path is None:
+        prompts = list({each.prompt: each for each in open_batches(config).located}.values())
+    else:
+        prompts = located_prompts(config, "guard.prompts_path", guard.prompts_path)
+    return draw_guard_prompts(config.seed, prompts, guard.num_prompts)
 
 
 def manifest_of(config: RunConfig, source: Path) -> Manifest:
@@ -88,10 +88,3 @@ def encode_ahead(flux: FluxModel, prompts: Sequence[str], max_sequence_length: i
     table = flux.encode_prompts(unique, max_sequence_length)
     row_of = {prompt: row for row, prompt in enumerate(unique)}
     return lambda wanted: table[[row_of[prompt] for prompt in wanted]]
-
-
-def _located(config: RunConfig, key: str, path: PromptsPath) -> list[Located]:
-    try:
-        return locate_prompts(path, config.prompts.column)
-    except PromptsError as error:
-        raise PromptsError(f"{key}: {error}") from error

@@ -69,11 +69,10 @@ class FluxModel:
         self.vae = pipeline.vae
         self.text = TextEncoders(pipeline)
         self.source = source
-        self.dtype: torch.dtype = pipeline.transformer.dtype
-        self.device: torch.device = pipeline.transformer.device
+        network = pipeline.vae if pipeline.transformer is None else pipeline.transformer
+        self.dtype: torch.dtype = network.dtype
+        self.device: torch.device = network.device
         self._pipeline = pipeline
-        self._has_guidance: bool = pipeline.transformer.config.guidance_embeds
-        self._num_channels: int = pipeline.transformer.config.in_channels
         for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -93,13 +92,20 @@ class FluxModel:
         With gradient_checkpointing the transformer's blocks and the VAE's decoder are recomputed in the backward.
         Without text_encoders it cannot encode prompts, but counts their tokens.
         """
-        without = {} if text_encoders else {"text_encoder": None, "text_encoder_2": None}
         source = model_folder(path)
+        without = {} if text_encoders else {"text_encoder": None, "text_encoder_2": None}
         pipeline = _load_pipeline(source, dtype, device, **without)
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
         return cls(pipeline, source)
+
+    @classmethod
+    def load_vae(cls, path: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> FluxModel:
+        """As `load`, but only what encodes and decodes images: no transformer and no text encoders in memory."""
+        absent = dict.fromkeys(("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+        source = model_folder(path)
+        return cls(_load_pipeline(source, dtype, device, **absent), source)
 
     @property
     def max_sequence_length(self) -> int:
@@ -115,11 +121,14 @@ class FluxModel:
         self.text.drop()
 
     def resolve_shift(self, shift: float | Literal["dynamic"], height_px: int, width_px: int) -> float:
-        """The sigma schedule's shift as a number; "dynamic" is the checkpoint's own, by resolution."""
+        """The sigma schedule's shift as a number; "dynamic" is the checkpoint's own, by resolution.
+
+        Raises ModelError for sizes that the model cannot make.
+        """
+        rows, columns = self._token_grid(height_px, width_px)
         if shift != "dynamic":
             return shift
         config = self._pipeline.scheduler.config
-        rows, columns = self._token_grid(height_px, width_px)
         return dynamic_shift(
             rows * columns,
             base_num_tokens=config.base_image_seq_len,
@@ -135,7 +144,8 @@ class FluxModel:
         as FluxPipeline's for these generators.
         """
         rows, columns = self._token_grid(height_px, width_px)
-        shape = (1, self._num_channels // _PATCH**2, rows * _PATCH, columns * _PATCH)
+        num_channels = self._pipeline.transformer.config.in_channels // _PATCH**2
+        shape = (1, num_channels, rows * _PATCH, columns * _PATCH)
         return self.pack(torch.cat([torch.randn(shape, generator=each) for each in generators])).to(self.device)
 
     def predict_velocity(
@@ -156,12 +166,13 @@ class FluxModel:
         truncate_timestep cuts 1000·sigma to an integer, as the published SRPO code does.
         """
         batch, device = len(latents), latents.device
+        has_guidance = self._pipeline.transformer.config.guidance_embeds
         sigma = sigma.expand(batch)
         timestep = (sigma * 1000).trunc() / 1000 if truncate_timestep else sigma
         (velocity,) = transformer(
             hidden_states=latents.to(self.dtype),
             timestep=timestep.to(self.dtype),  # the model itself multiplies by 1000
-            guidance=torch.full((batch,), guidance_scale, device=device) if self._has_guidance else None,
+            guidance=torch.full((batch,), guidance_scale, device=device) if has_guidance else None,
             pooled_projections=conditioning.pooled,
             encoder_hidden_states=conditioning.prompt_embeds,
             txt_ids=_text_ids(conditioning.prompt_embeds.shape[1], device, self.dtype),
@@ -176,6 +187,18 @@ class FluxModel:
         unpacked = self.unpack(latents, height_px, width_px) / config.scaling_factor + config.shift_factor
         (decoded,) = self.vae.decode(unpacked.to(self.vae.dtype), return_dict=False)
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, height_px, width_px) in [0, 1] to packed latents, float32: decode_image's inverse, nearly.
+
+        The mean of the VAE's posterior, not a sample: its spread is far below what the VAE loses, and the mean needs
+        no noise, so that an image has the same latents whenever and beside whichever others it is encoded.
+        """
+        self._token_grid(*images.shape[2:])
+        config = self.vae.config
+        encoded = self.vae.encode((images * 2 - 1).to(self.vae.device, self.vae.dtype)).latent_dist.mode()
+        return self.pack((encoded.float() - config.shift_factor) * config.scaling_factor)
 
     def pack(self, latents: Tensor) -> Tensor:
         """(batch, channels, height, width) to (batch, tokens, 4·channels)."""
@@ -216,7 +239,8 @@ class FluxModel:
         token_px = self._pipeline.vae_scale_factor * _PATCH
         if height_px % token_px or width_px % token_px:
             raise ModelError(
-                f"model.height_px and model.width_px must be multiples of {token_px}, not {height_px} and {width_px}"
+                f"model.height_px and model.width_px must be multiples of {token_px}, not {height_px} and {width_px} "
+                "(a size of model.sizes likewise)"
             )
         return height_px // token_px, width_px // token_px
 

@@ -13,10 +13,11 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import ray
+from pydantic import BaseModel
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig, TrainingFailedError
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -25,6 +26,7 @@ from services.config import ConfigError, RunConfig, load_run_config
 from services.prompt_config import absolute
 from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
+from trainer.batches import open_batches
 from trainer.conditioning import check_embeddings, used_prompts
 from trainer.flow import level_sigmas, num_delta_levels
 from trainer.flux import check_model_path
@@ -38,6 +40,9 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on its warnings
 }
+
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class LaunchError(RuntimeError):
@@ -78,21 +83,28 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         guard = guard.model_copy(update={"prompts_path": absolute(guard.prompts_path)})
     prompts = config.prompts
     embeddings = prompts.embeddings_path and prompts.embeddings_path.resolve()
-    read_from = {"path": absolute(prompts.path), "embeddings_path": embeddings}
+    read_from = {"path": prompts.path and absolute(prompts.path), "embeddings_path": embeddings}
     return config.model_copy(
         update={
             "output_dir": config.output_dir.resolve(),
             "model": model.model_copy(update={"path": path}),
             "prompts": prompts.model_copy(update=read_from),
+            "dataset": _resolved(config.dataset, "path", "latents_path"),
             "evaluation": evaluation.model_copy(update=held_out),
             "guard": guard,
         }
     )
 
 
+def _resolved(section: Section | None, *paths: str) -> Section | None:
+    return section and section.model_copy(update={name: getattr(section, name).resolve() for name in paths})
+
+
 def validate(config: RunConfig) -> None:
     """Raise, naming the thing and the cure, for what would otherwise fail in a worker minutes later."""
     check_model_path(config.model.path)
+    folder = Path(config.model.path)
+    open_batches(config, folder if (folder / "vae").is_dir() else None)
     check_embeddings(config, (each.prompt for each in used_prompts(config)))
     judges = config.evaluation.judge_path
     if judges is not None and not judges.is_dir():

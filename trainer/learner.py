@@ -19,14 +19,13 @@ import torch.distributed as dist
 
 from services.config import RunConfig
 from services.contract import PromptPair
+from trainer.batches import Batch, open_batches
 from trainer.conditioning import Encode
 from trainer.direct_align import BranchOutcome, branch_loss
 from trainer.engine import Engine
 from trainer.flow import Branch, branches
 from trainer.flux import FluxModel
-from trainer.prompt_files import load_prompts
 from trainer.prompts import (
-    batch_indices,
     draw_levels,
     image_generator,
     injection_generator,
@@ -45,12 +44,9 @@ def num_backwards(config: RunConfig) -> int:
     return len(objective.branches) * num_injections * config.engine.num_micro_batches
 
 
-def worker_samples(
-    config: RunConfig, prompts: Sequence[str], step: int, rank: int, num_workers: int
-) -> list[tuple[int, str]]:
+def worker_samples(config: RunConfig, batch: Batch, rank: int, num_workers: int) -> list[tuple[int, str]]:
     """A worker's part of a step's global batch: sample indices and their prompts."""
-    order = batch_indices(config.seed, step, config.engine.global_batch, len(prompts))
-    return [(index, prompts[order[index]]) for index in shard(config.engine.global_batch, rank, num_workers)]
+    return [(index, batch.prompts[index]) for index in shard(config.engine.global_batch, rank, num_workers)]
 
 
 class Learner:
@@ -59,22 +55,27 @@ class Learner:
     def __init__(self, config: RunConfig, engine: Engine, flux: FluxModel, score: Score, encode: Encode) -> None:
         self.numbers = StepNumbers()
         self._config, self._engine, self._flux, self._score, self._encode = config, engine, flux, score, encode
-        self._prompts = load_prompts(config.prompts.path, config.prompts.column)
-        self._size = config.model.height_px, config.model.width_px
-        rollout = config.rollout
-        self._shift = flux.resolve_shift(rollout.shift, *self._size)
-        truncate = config.objective.truncate_timestep
-        self._sampling = Sampling(rollout.num_steps, rollout.guidance_scale, self._shift, *self._size, truncate)
+        self._batches = open_batches(config, flux.source)
+        rollout, truncate = config.rollout, config.objective.truncate_timestep
+        self._samplings = {
+            size: Sampling(
+                rollout.num_steps, rollout.guidance_scale, flux.resolve_shift(rollout.shift, *size), *size, truncate
+            )
+            for size in config.model.training_sizes
+        }
 
     def roll_out(self, step: int) -> list[list[Injection]]:
-        """Roll out the worker's prompts, a micro-batch at a time. Returns the step's injections, grouped by update."""
-        engine = self._config.engine
-        samples = worker_samples(self._config, self._prompts, step, dist.get_rank(), dist.get_world_size())
+        """Roll out the worker's prompts, a micro-batch at a time. Returns the step's injections, grouped by update.
+
+        Of a dataset's images the latents are read instead, and the noise drawn.
+        """
+        engine, batch = self._config.engine, self._batches.batch(step)
+        samples = worker_samples(self._config, batch, dist.get_rank(), dist.get_world_size())
         by_rollout = []
         for start in range(0, len(samples), engine.micro_batch):
             indices, prompts = zip(*samples[start : start + engine.micro_batch], strict=True)
             with self.numbers.timed("rollout"):
-                rollout = self._rollout(step, indices, prompts)
+                rollout = self._rollout(step, batch, indices, prompts)
             by_rollout.append(self._injections(step, indices, rollout))
         if self._config.objective.update_per_injection:
             return [list(group) for group in zip(*by_rollout, strict=True)]
@@ -83,7 +84,7 @@ class Learner:
     def learn(self, injection: Injection) -> None:
         """All branches of an injection, each one's backward before the next one's forward (Engine.backward: why)."""
         config = self._config
-        for branch in branches(injection.levels, config.objective, self._shift):
+        for branch in branches(injection.levels, config.objective, injection.rollout.sampling.shift):
             with self.numbers.timed("branches"):
                 outcome = branch_loss(
                     branch, injection, self._engine.policy, self._flux, self._score, config.objective, config.rewards
@@ -96,31 +97,29 @@ class Learner:
         with self.numbers.timed("update"):
             self.numbers.add("grad_norm", self._engine.step())
 
-    def _rollout(self, step: int, indices: Sequence[int], prompts: Sequence[str]) -> Rollout:
+    def _rollout(self, step: int, batch: Batch, indices: Sequence[int], prompts: Sequence[str]) -> Rollout:
         generators = [noise_generator(self._config.seed, step, index) for index in indices]
-        words = self._config.control_words
-        return roll_out(
-            self._engine.policy,
-            self._flux,
-            self._encode(prompts),
-            self._flux.draw_noise(generators, *self._size),
-            tuple(PromptPair(prompt, words.positive, words.negative) for prompt in prompts),
-            self._sampling,
-        )
+        words, conditioning, sampling = self._config.control_words, self._encode(prompts), self._samplings[batch.size]
+        noise = self._flux.draw_noise(generators, *batch.size)
+        pairs = tuple(PromptPair(prompt, words.positive, words.negative) for prompt in prompts)
+        if batch.clean is not None:
+            return Rollout(noise, batch.clean(indices).to(noise.device), conditioning, pairs, sampling)
+        return roll_out(self._engine.policy, self._flux, conditioning, noise, pairs, sampling)
 
     def _injections(self, step: int, indices: Sequence[int], rollout: Rollout) -> list[Injection]:
         """The rollout's injections in order of their levels, from the least noisy one."""
         seed, objective = self._config.seed, self._config.objective
+        size = rollout.sampling.height_px, rollout.sampling.width_px
         by_sample = [draw_levels(seed, step, each, objective.level_range, objective.num_injections) for each in indices]
         injections = []
         for number, levels in enumerate(zip(*by_sample, strict=True)):
             noise, image_noise = rollout.noise, None
             if objective.injection_noise == "fresh":
                 generators = [injection_generator(seed, step, index, number) for index in indices]
-                noise = self._flux.draw_noise(generators, *self._size)
+                noise = self._flux.draw_noise(generators, *size)
             if any(reward.pair == "noised_image" for reward in self._config.rewards):
                 generators = [image_generator(seed, step, index, number) for index in indices]
-                image_noise = torch.stack([torch.randn(3, *self._size, generator=each) for each in generators])
+                image_noise = torch.stack([torch.randn(3, *size, generator=each) for each in generators])
             injections.append(Injection(rollout, noise, torch.tensor(levels), image_noise))
         return injections
 

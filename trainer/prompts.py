@@ -27,6 +27,7 @@ class _Stream(IntEnum):
     INJECTION = 4
     IMAGE = 5
     GUARD = 6
+    SIZE = 7
 
 
 def shard(num_samples: int, rank: int, num_workers: int) -> range:
@@ -45,6 +46,12 @@ def batch_indices(seed: int, step: int, global_batch: int, num_prompts: int) -> 
     epochs = {position // num_prompts for position in positions}
     orders = {epoch: _random(seed, _Stream.ORDER, epoch).permutation(num_prompts) for epoch in epochs}
     return [int(orders[position // num_prompts][position % num_prompts]) for position in positions]
+
+
+def draw_bucket(seed: int, step: int, weights: Sequence[int]) -> int:
+    """Which of several sizes a step has: each as often as its weight says."""
+    shares = np.cumsum(weights) / sum(weights)
+    return int(np.searchsorted(shares, _random(seed, _Stream.SIZE, step).random(), side="right"))
 
 
 def draw_levels(

@@ -23,12 +23,12 @@ from services.config import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from services.reward_client import RewardClient
 from services.tracking import Tracker
+from trainer.batches import open_batches
 from trainer.conditioning import encoder, load_flux, used_prompts
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
 from trainer.learner import Learner, num_backwards, worker_samples
 from trainer.measure import Panel
-from trainer.prompt_files import load_prompts
 from trainer.record import Journal, StepNumbers, progress_line
 from trainer.stop_rules import BEST_STEP
 from trainer.watch import Watch, reward_metrics
@@ -109,10 +109,8 @@ class Worker:
     def _encode_prompts(self) -> None:
         """Of all that this worker will draw, the conditioning: encoded now, or found on disk."""
         config, worker = self.config, (self._rank, self._num_workers)
-        prompts = load_prompts(config.prompts.path, config.prompts.column)
-        wanted = [
-            prompt for step in range(config.num_steps) for _, prompt in worker_samples(config, prompts, step, *worker)
-        ]
+        batches, steps = open_batches(config), range(config.num_steps)
+        wanted = [prompt for step in steps for _, prompt in worker_samples(config, batches.batch(step), *worker)]
         drawn = [(self._held_out, len(self._held_out.prompts)), (self._held_out, self._num_grid_images)]
         if self._watch is not None:
             drawn.append((self._watch.pictures, len(self._watch.pictures.prompts)))
