@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,9 @@ class FluxModel:
         *,
         gradient_checkpointing: bool = False,
     ) -> FluxModel:
-        """Load a folder or a hub id; weights of any dtype on disk become `dtype`. Raises ModelError.
+        """Load a folder or a hub id; weights of any dtype on disk become `dtype`.
+
+        Raises ModelError, for weights that are not finite as well.
 
         With gradient_checkpointing the transformer's blocks and the VAE's decoder are recomputed in the backward.
         """
@@ -106,6 +108,8 @@ class FluxModel:
             pipeline = FluxPipeline.from_pretrained(source, dtype=dtype).to(device)
         except (OSError, ValueError) as error:
             raise ModelError(f"model.path {path} cannot be loaded: {error}") from error
+        for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+            _require_finite(getattr(pipeline, part), f"model.path {path}: {part}")
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
@@ -209,6 +213,13 @@ class FluxModel:
             self.transformer.load_state_dict(other.state_dict())
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"the transformer of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        _require_finite(self.transformer, f"{folder}: transformer")
+
+    def restore_transformer(self) -> None:
+        """Take the checkpoint's own weights again."""
+        if self.source is None:
+            raise ModelError("a model that was not loaded from a folder has no weights to go back to")
+        self.load_transformer(self.source)
 
     def save_pipeline(self, transformer: nn.Module, out_dir: Path) -> None:
         """Write a folder that FluxPipeline.from_pretrained loads: this transformer, all else as in the source.
@@ -224,6 +235,12 @@ class FluxModel:
                 shutil.copytree(self.source / name, out_dir / name, dirs_exist_ok=True)
         shutil.copy(self.source / _INDEX, out_dir / _INDEX)
         transformer.save_pretrained(out_dir / "transformer")  # type: ignore[operator]  # diffusers' ModelMixin
+
+    def save_adapter(self, weights: Mapping[str, Tensor], settings: Mapping[str, Any], out_dir: Path) -> None:
+        """Write a transformer's adapter (lora.adapter) as a folder that FluxPipeline.load_lora_weights loads."""
+        type(self._pipeline).save_lora_weights(
+            out_dir, transformer_lora_layers=dict(weights), transformer_lora_adapter_metadata=dict(settings)
+        )
 
     def _token_grid(self, height_px: int, width_px: int) -> tuple[int, int]:
         """Rows and columns of tokens. Raises ModelError for sizes that the model cannot make."""
@@ -245,6 +262,13 @@ def encode_ahead(
     table = Conditioning(torch.cat([part.prompt_embeds for part in parts]), torch.cat([part.pooled for part in parts]))
     row_of = {prompt: row for row, prompt in enumerate(unique)}
     return lambda wanted: table[[row_of[prompt] for prompt in wanted]]
+
+
+def _require_finite(part: nn.Module, told: str) -> None:
+    """Raise ModelError for the first weight that is not a finite number; two numbers a tensor are all it makes."""
+    for name, tensor in part.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ModelError(f"{told}/{name} holds NaN or infinite numbers: fetch or train the model anew")
 
 
 @lru_cache(maxsize=8)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,13 @@ class Bench:
     def tracking_uri(self) -> str:
         return f"sqlite:///{self.folder / 'mlflow.db'}"
 
-    def write_run(self, name: str, stop_when: Sequence[dict[str, Any]] = (), **engine: Any) -> Path:
+    def write_run(
+        self,
+        name: str,
+        stop_when: Sequence[dict[str, Any]] = (),
+        sections: Mapping[str, Any] | None = None,
+        **engine: Any,
+    ) -> Path:
         """A run file with paths relative to `folder`, from where runs are started."""
         size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
         run = {
@@ -113,11 +119,14 @@ class Bench:
             "tracking": {"uri": self.tracking_uri},
         }
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(run), encoding="utf-8")
+        path.write_text(yaml.safe_dump(run | dict(sections or {})), encoding="utf-8")
         return path
 
     def start(self, run_file: Path) -> subprocess.Popen[str]:
-        environment = os.environ | {"RAY_ADDRESS": self.ray_address, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {
+            "RAY_ADDRESS": self.ray_address,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
         command = [sys.executable, "-m", "trainer.launch", run_file.name]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **pipes)  # type: ignore[call-overload]
@@ -292,6 +301,21 @@ def rule_broken_first_at(run: Run, step: int) -> dict[str, Any]:
         if values[step] < min(before) - beyond:
             return {"metric": metric, "below": (values[step] + min(before)) / 2}
     raise AssertionError("no number of the guard is new at this step")
+
+
+def test_a_rule_that_the_base_model_breaks_ends_the_run_at_its_first_check(bench: Bench) -> None:
+    """A mistake of the run file, found by a worker: it is told in one line, and no worker is started again."""
+    pids = set()
+    bench.wiretap.on_request = lambda _, pid: pids.add(pid)
+    sections = {"finetune": {"kind": "lora", "rank": 2}, "ema": {"decay": 0.5}}
+    rule = {"metric": "guard/saturation", "above": -1.0}
+    with bench.start(bench.write_run("mistaken", [rule], sections)) as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "guard.stop_when.0: the base model is beyond it: guard/saturation" in line
+    assert len(pids) == 1, "worker 0, once"
+    assert bench.find("mistaken", output).record.info.status == "FAILED"
 
 
 def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:
