@@ -31,10 +31,9 @@ class FinetuneConfig(Frozen):
 
     @model_validator(mode="after")
     def _adapter_keys_have_an_adapter(self) -> FinetuneConfig:
-        fields = type(self).model_fields.items()
-        idle = [name for name, field in fields if name != "kind" and getattr(self, name) != field.default]
-        if self.kind == "full" and idle:
-            raise ValueError(f"{', '.join(idle)}: of no use to kind full, give kind lora")
+        for name, field in type(self).model_fields.items():
+            if self.kind == "full" and (value := getattr(self, name)) != field.default:
+                raise ValueError(f"{name} {value}: of no use to kind full, give kind lora")
         return self
 
     @property

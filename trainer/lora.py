@@ -39,15 +39,16 @@ def add_adapter(policy: nn.Module, finetune: FinetuneConfig, seed: int) -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy.add_adapter(settings)  # diffusers'; leaves the adapter to be trained
+        transformer: Any = policy  # diffusers' ModelMixin
+        transformer.add_adapter(settings)  # and freezes all else
 
 
 def adapter(policy: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The adapter on a policy, for FluxModel.save_adapter: its weights by peft's names, and peft's settings."""
     from peft import get_peft_model_state_dict
 
-    settings: dict[str, Any] = policy.peft_config["default"].to_dict()  # type: ignore[union-attr,index,operator]  # peft's
-    return get_peft_model_state_dict(policy), settings
+    transformer: Any = policy
+    return get_peft_model_state_dict(policy), transformer.peft_config["default"].to_dict()
 
 
 def whole(policy: nn.Module, finetune: FinetuneConfig) -> nn.Module:

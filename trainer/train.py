@@ -86,6 +86,8 @@ class Worker:
         self._flux = FluxModel.load(config.model.path, dtype, self._device, gradient_checkpointing=checkpointing)
         if config.finetune.kind == "lora":
             add_adapter(self._flux.transformer, config.finetune, config.seed)
+        num_trained = sum(each.numel() for each in self._flux.transformer.parameters() if each.requires_grad)
+        self._log(lambda tracker: tracker.set_tag("num_trained_parameters", str(num_trained)))
         backwards = num_backwards(config)
         self._engine = Engine.create(self._flux.transformer, config.optimizer, engine, backwards, dtype, config.ema)
         shift = self._flux.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)

@@ -315,7 +315,9 @@ def test_a_rule_that_the_base_model_breaks_ends_the_run_at_its_first_check(bench
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "guard.stop_when.0: the base model is beyond it: guard/saturation" in line
     assert len(pids) == 1, "worker 0, once"
-    assert bench.find("mistaken", output).record.info.status == "FAILED"
+    record = bench.find("mistaken", output).record
+    assert record.info.status == "FAILED"
+    assert 0 < int(record.data.tags["num_trained_parameters"]) < 5000, "the adapter's alone"
 
 
 def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:
