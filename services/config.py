@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from services.dataset import DatasetConfig
+from services.finetune import EmaConfig, FinetuneConfig
 from services.objective import (
     ControlWordsConfig,
     Frozen,
@@ -77,7 +78,7 @@ class EngineConfig(Frozen):
     threads_per_worker: Positive = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     use_gpu: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # recompute transformer blocks and VAE decoder in the backward
 
     @model_validator(mode="after")
     def _batches_divide(self) -> EngineConfig:
@@ -207,6 +208,8 @@ class RunConfig(Frozen):
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
     reward_service: RewardServiceConfig = RewardServiceConfig()
     optimizer: OptimizerConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    ema: EmaConfig | None = None
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig
@@ -219,6 +222,12 @@ class RunConfig(Frozen):
         if (self.prompts.path is None) == (self.dataset is None):
             given = "neither" if self.dataset is None else "both (a dataset's captions are its prompts)"
             raise ValueError(f"give either prompts.path, to roll out, or dataset, to train on real images, not {given}")
+        return self
+
+    @model_validator(mode="after")
+    def _stage_trains_the_dtype(self) -> RunConfig:
+        if self.model.dtype == "bfloat16" and self.engine.zero_stage == 0:  # DeepSpeed's gradients are wrong there
+            raise ValueError("engine.zero_stage 0 cannot train a model.dtype of bfloat16: take stage 1, 2 or 3")
         return self
 
     @model_validator(mode="after")

@@ -13,17 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
 from services.config import ConfigError, RunConfig, load_run_config
+from services.finetune import FinetuneConfig
 from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
 from trainer.bootstrap import Interval, draws_of_prompts, interval
 from trainer.conditioning import encoder, load_flux
 from trainer.engine import checkpoint_weights
 from trainer.evaluate import HeldOut, Judges, similarities
+from trainer.flux import FluxModel
+from trainer.lora import whole_weights
 from trainer.measure import Observations, Panel
 from trainer.prompt_files import load_prompts, locate_prompts
 from trainer.prompts import evaluation_generator
@@ -117,11 +121,23 @@ def drawn(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str,
     yield _BASE, pictures.draw_here(flux.transformer, flux, encode)
     for name, folder in folders.items():
         if (folder / "policy").is_dir():
-            flux.transformer.load_state_dict(checkpoint_weights(folder))
+            take_checkpoint(flux, folder, config.finetune)
         else:
             flux.load_transformer(folder)
         print(f"drawing {len(pictures.prompts)} pictures with {name}", flush=True)
         yield name, pictures.draw_here(flux.transformer, flux, encode)
+
+
+def take_checkpoint(flux: FluxModel, folder: Path, finetune: FinetuneConfig) -> None:
+    """Let the transformer have a checkpoint's weights. Raises CompareError for one that the run has not made."""
+    try:
+        weights = checkpoint_weights(folder)
+        if finetune.kind == "lora":  # the checkpoint has the adapter alone; policies before it may have left others
+            flux.restore_transformer()
+            weights = whole_weights(flux.transformer.state_dict() | weights, finetune)
+        flux.transformer.load_state_dict(weights)
+    except (ValueError, RuntimeError, KeyError, UnpicklingError) as error:
+        raise CompareError(f"{folder} is no checkpoint of this run: {str(error).splitlines()[0]}") from error
 
 
 def judge(config: RunConfig, panel: Panel, policies: Iterator[tuple[str, Tensor]]) -> list[Column]:

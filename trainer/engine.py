@@ -5,7 +5,8 @@
         engine.backward(loss)
     grad_norm = engine.step()
 
-Left out: offload to CPU or disk, LoRA, and resuming on another number of workers (needs DeepSpeed's universal format).
+Only parameters that require gradient are trained and kept in checkpoints (lora.py freezes the others). Left out:
+offload to CPU or disk, and resuming on another number of workers (needs DeepSpeed's universal format).
 """
 
 from __future__ import annotations
@@ -13,21 +14,28 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from services.config import EngineConfig, OptimizerConfig
+from services.finetune import EmaConfig
+from trainer.ema import Average, averaged_weights
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 _TAG = "policy"
+_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def init_distributed(use_gpu: bool) -> torch.device:
@@ -45,37 +53,62 @@ def init_distributed(use_gpu: bool) -> torch.device:
 
 
 def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
-    """The policy's weights out of what Engine.save wrote on however many workers, for a single process."""
+    """The trained weights out of what Engine.save wrote on however many workers, for a single process; their average
+    where the run has one. Nothing in the files is run: they may come from elsewhere.
+    """
     whole = folder / _TAG / "mp_rank_00_model_states.pt"
     if whole.is_file():  # stages 0 to 2
-        weights: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=False)["module"]
-        return weights
-    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
+        weights: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=True)["module"]
+    else:
+        with _tensors_only(), torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
+    return weights | averaged_weights(folder)
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Within it torch.load unpickles known classes alone, even where DeepSpeed asks it to run whatever a file says."""
+    before = os.environ.get(_TENSORS_ONLY)
+    os.environ[_TENSORS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_TENSORS_ONLY)
+        os.environ |= {} if before is None else {_TENSORS_ONLY: before}
 
 
 class Engine:
     """A policy and its optimiser under ZeRO. Every method is called on all workers, in the same order."""
 
-    def __init__(self, deepspeed_engine: Any, zero_stage: int, num_backwards: int) -> None:
+    def __init__(self, deepspeed_engine: Any, zero_stage: int, num_backwards: int, ema: EmaConfig | None) -> None:
         self._deepspeed = deepspeed_engine
         self._zero_stage = zero_stage
         self._num_backwards = num_backwards
         self._num_pending = 0
+        module = deepspeed_engine.module
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._leaves_out_frozen = len(trained) < len(list(module.parameters()))
+        self._average = Average(trained, ema.decay, self._read, self._written) if ema else None
 
     @classmethod
     def create(
-        cls, policy: nn.Module, optimizer: OptimizerConfig, engine: EngineConfig, num_backwards: int, dtype: torch.dtype
+        cls,
+        policy: nn.Module,
+        optimizer: OptimizerConfig,
+        engine: EngineConfig,
+        num_backwards: int,
+        dtype: torch.dtype,
+        ema: EmaConfig | None = None,
     ) -> Engine:
         """Shard `policy` over the workers; `num_backwards` is the number of calls of `backward` to one `step`.
 
-        Raises ValueError for bfloat16 in stage 0, where DeepSpeed's gradients are wrong from the second step on.
+        A bfloat16 policy is the rounded image of float32 master weights, which are what the optimiser moves (stages 1
+        to 3; RunConfig refuses stage 0, where DeepSpeed's gradients are wrong from the second step on).
         """
-        if dtype == torch.bfloat16 and engine.zero_stage == 0:
-            raise ValueError("engine.zero_stage 0 cannot train a model.dtype of bfloat16: take stage 1, 2 or 3")
         settings = _settings(optimizer, engine, num_backwards, dtype)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         wrapped, *_ = deepspeed.initialize(model=policy, model_parameters=trainable, config=settings)
-        return cls(wrapped, engine.zero_stage, num_backwards)
+        return cls(wrapped, engine.zero_stage, num_backwards, ema)
 
     @property
     def policy(self) -> nn.Module:
@@ -99,27 +132,56 @@ class Engine:
         plain_norm = self._plain_grad_norm()
         self._deepspeed.step()
         self._num_pending = 0
+        if self._average is not None:
+            self._average.update()
         return float(self._deepspeed.get_global_grad_norm()) if plain_norm is None else plain_norm
 
     def save(self, folder: Path, step: int) -> None:
-        """Write this worker's part of the weights and of the optimiser's state; the parts share one folder."""
-        self._deepspeed.save_checkpoint(str(folder), tag=_TAG, client_state={"step": step})
+        """Write this worker's part of trained weights, average and optimiser's state; the parts share one folder."""
+        self._deepspeed.save_checkpoint(
+            str(folder), tag=_TAG, client_state={"step": step}, exclude_frozen_parameters=self._leaves_out_frozen
+        )
+        if self._average is not None:
+            self._average.save(folder)
 
     def load(self, folder: Path) -> int:
         """Take up what `save` wrote, on the same number of workers. Returns its step."""
         if not (folder / _TAG).is_dir():
             raise FileNotFoundError(f"no checkpoint of a policy in {folder}")
-        _, state = self._deepspeed.load_checkpoint(str(folder), tag=_TAG)
+        is_strict = not self._leaves_out_frozen
+        _, state = self._deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=is_strict)
+        if self._average is not None:
+            self._average.load(folder)
         return int(state["step"])
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the policy has the averaged weights, if there is an average: for all that looks at the policy."""
+        return self._average.in_force() if self._average is not None else nullcontext()
+
     def export(self, save: Callable[[nn.Module], None]) -> None:
-        """Call `save` with the whole policy on worker 0, while the others wait."""
+        """Call `save` with the whole policy, averaged, on worker 0, while the others wait."""
         module = self._deepspeed.module
         # without the gathering, stage 3 saves empty tensors and reports success
-        with GatheredParameters(list(module.parameters()), enabled=self._zero_stage == 3):
+        with self.averaged(), GatheredParameters(list(module.parameters()), enabled=self._zero_stage == 3):
             if dist.get_rank() == 0:
                 save(module)
         dist.barrier()
+
+    def _read(self, parameter: nn.Parameter) -> Tensor:
+        """Its whole master weights in float32, on all workers."""
+        if self._zero_stage < 3 and parameter.dtype == torch.float32:
+            return parameter.data
+        return safe_get_full_fp32_param(parameter)
+
+    @contextmanager
+    def _written(self, parameter: nn.Parameter, by_rank: int) -> Iterator[None]:
+        """Within it the parameter is whole; afterwards it is on all workers as worker `by_rank` has left it."""
+        if self._zero_stage == 3:
+            with GatheredParameters([parameter], modifier_rank=by_rank):
+                yield
+        else:
+            yield
+            dist.broadcast(parameter.data, src=by_rank)
 
     def _finish_pending_backward(self) -> None:
         if self._num_pending == self._num_backwards:

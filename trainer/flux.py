@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -87,7 +87,9 @@ class FluxModel:
         gradient_checkpointing: bool = False,
         text_encoders: bool = True,
     ) -> FluxModel:
-        """Load a folder or a hub id; weights of any dtype on disk become `dtype`. Raises ModelError.
+        """Load a folder or a hub id; weights of any dtype on disk become `dtype`.
+
+        Raises ModelError, for weights that are not finite as well.
 
         With gradient_checkpointing the transformer's blocks and the VAE's decoder are recomputed in the backward.
         Without text_encoders it cannot encode prompts, but counts their tokens.
@@ -218,6 +220,13 @@ class FluxModel:
             self.transformer.load_state_dict(other.state_dict())
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"the transformer of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        _require_finite(self.transformer, f"{folder}: transformer")
+
+    def restore_transformer(self) -> None:
+        """Take the checkpoint's own weights again."""
+        if self.source is None:
+            raise ModelError("a model that was not loaded from a folder has no weights to go back to")
+        self.load_transformer(self.source)
 
     def save_pipeline(self, transformer: nn.Module, out_dir: Path) -> None:
         """Write a folder that FluxPipeline.from_pretrained loads: this transformer, all else as in the source.
@@ -233,6 +242,12 @@ class FluxModel:
                 shutil.copytree(self.source / name, out_dir / name, dirs_exist_ok=True)
         shutil.copy(self.source / _INDEX, out_dir / _INDEX)
         transformer.save_pretrained(out_dir / "transformer")  # type: ignore[operator]  # diffusers' ModelMixin
+
+    def save_adapter(self, weights: Mapping[str, Tensor], settings: Mapping[str, Any], out_dir: Path) -> None:
+        """Write a transformer's adapter (lora.adapter) as a folder that FluxPipeline.load_lora_weights loads."""
+        type(self._pipeline).save_lora_weights(
+            out_dir, transformer_lora_layers=dict(weights), transformer_lora_adapter_metadata=dict(settings)
+        )
 
     def _token_grid(self, height_px: int, width_px: int) -> tuple[int, int]:
         """Rows and columns of tokens. Raises ModelError for sizes that the model cannot make."""
@@ -258,9 +273,20 @@ def _load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str,
     from diffusers import FluxPipeline  # on use: 5 s that launch.py, which only checks the path, need not wait for
 
     try:
-        return FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
+        pipeline = FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model.path {source} cannot be loaded: {error}") from error
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        if (network := getattr(pipeline, part)) is not None:
+            _require_finite(network, f"model.path {source}: {part}")
+    return pipeline
+
+
+def _require_finite(part: nn.Module, told: str) -> None:
+    """Raise ModelError for the first weight that is not a finite number; two numbers a tensor are all it makes."""
+    for name, tensor in part.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ModelError(f"{told}/{name} holds NaN or infinite numbers: fetch or train the model anew")
 
 
 @lru_cache(maxsize=8)

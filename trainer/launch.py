@@ -28,6 +28,7 @@ from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
 from trainer.batches import open_batches
 from trainer.conditioning import check_embeddings, used_prompts
+from trainer.failures import EndAtMistakes, cause, mistakes_named
 from trainer.flow import level_sigmas, num_delta_levels
 from trainer.flux import check_model_path
 from trainer.stop_rules import BEST_STEP
@@ -155,7 +156,7 @@ def launch(config: RunConfig, run_file: Path) -> str:
         make_trainer(config, tracker.run_id).fit()
         status = "FINISHED"
     except TrainingFailedError as error:
-        raise LaunchError(_cause(error)) from error
+        raise LaunchError(cause(error)) from error
     except (KeyboardInterrupt, SystemExit) as stop:  # Ray's own handlers of ctrl-C and SIGTERM exit
         status = "KILLED"
         raise KeyboardInterrupt from stop
@@ -198,6 +199,7 @@ def make_trainer(config: RunConfig, run_id: str) -> TorchTrainer:
             storage_path=str(config.output_dir / config.name / "checkpoints"),
             failure_config=FailureConfig(max_failures=checkpoint.max_failures),
             checkpoint_config=CheckpointConfig(checkpoint.num_kept, BEST_STEP if config.guard else None),
+            callbacks=[EndAtMistakes()],
             worker_runtime_env={"env_vars": worker_environment(config)},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -219,14 +221,8 @@ def worker_environment(config: RunConfig) -> dict[str, str]:
 def _train_worker(settings: dict[str, Any]) -> None:
     from trainer.train import train_worker  # in the worker: the launching process needs neither model nor DeepSpeed
 
-    train_worker(RunConfig.model_validate_json(settings["config"]), settings["run_id"])
-
-
-def _cause(error: TrainingFailedError) -> str:
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    for rank, failure in failures.items():
-        return f"worker {rank} failed for good: {type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"
-    return str(error).strip()
+    with mistakes_named():
+        train_worker(RunConfig.model_validate_json(settings["config"]), settings["run_id"])
 
 
 def _interrupt(*_: Any) -> None:

@@ -11,14 +11,17 @@ What a sample gets follows from (seed, step, sample index) alone, so that a step
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from services.config import RunConfig
 from services.contract import PromptPair
+from services.reward_client import RewardRejected
 from trainer.batches import Batch, open_batches
 from trainer.conditioning import Encode
 from trainer.direct_align import BranchOutcome, branch_loss
@@ -49,11 +52,19 @@ def worker_samples(config: RunConfig, batch: Batch, rank: int, num_workers: int)
     return [(index, batch.prompts[index]) for index in shard(config.engine.global_batch, rank, num_workers)]
 
 
+class StepError(ValueError):
+    """A step that would train noise: a number that is not finite, a reward's answer that does not fit.
+
+    The text names step, worker, prompts and cause.
+    """
+
+
 class Learner:
     """The verbs of a step, called on all workers in the same order; `numbers` gathers what they have to tell."""
 
     def __init__(self, config: RunConfig, engine: Engine, flux: FluxModel, score: Score, encode: Encode) -> None:
         self.numbers = StepNumbers()
+        self._step = 0
         self._config, self._engine, self._flux, self._score, self._encode = config, engine, flux, score, encode
         self._batches = open_batches(config, flux.source)
         rollout, truncate = config.rollout, config.objective.truncate_timestep
@@ -67,15 +78,18 @@ class Learner:
     def roll_out(self, step: int) -> list[list[Injection]]:
         """Roll out the worker's prompts, a micro-batch at a time. Returns the step's injections, grouped by update.
 
-        Of a dataset's images the latents are read instead, and the noise drawn.
+        Of a dataset's images the latents are read instead, and the noise drawn. Raises StepError, as do the other
+        verbs, for the first number that is not finite.
         """
         engine, batch = self._config.engine, self._batches.batch(step)
+        self._step = step
         samples = worker_samples(self._config, batch, dist.get_rank(), dist.get_world_size())
         by_rollout = []
         for start in range(0, len(samples), engine.micro_batch):
             indices, prompts = zip(*samples[start : start + engine.micro_batch], strict=True)
             with self.numbers.timed("rollout"):
                 rollout = self._rollout(step, batch, indices, prompts)
+                self._require_finite("a clean latent", rollout.clean, rollout.pairs)
             by_rollout.append(self._injections(step, indices, rollout))
         if self._config.objective.update_per_injection:
             return [list(group) for group in zip(*by_rollout, strict=True)]
@@ -86,16 +100,38 @@ class Learner:
         config = self._config
         for branch in branches(injection.levels, config.objective, injection.rollout.sampling.shift):
             with self.numbers.timed("branches"):
-                outcome = branch_loss(
-                    branch, injection, self._engine.policy, self._flux, self._score, config.objective, config.rewards
-                )
+                outcome = self._judged(branch, injection)
+                self._require_finite(f"the loss of branch {branch.name}", outcome.loss, injection.rollout.pairs)
                 self._engine.backward(outcome.loss)
             self._note(branch, outcome)
 
     def update(self) -> None:
-        """One optimiser step."""
+        """One optimiser step. One along a gradient that is not finite costs the weights, but no checkpoint."""
         with self.numbers.timed("update"):
-            self.numbers.add("grad_norm", self._engine.step())
+            grad_norm = self._engine.step()
+        if not math.isfinite(grad_norm):
+            raise StepError(f"step {self._step + 1}: the gradient's norm over all workers is {grad_norm}")
+        self.numbers.add("grad_norm", grad_norm)
+
+    def _judged(self, branch: Branch, injection: Injection) -> BranchOutcome:
+        config = self._config
+        try:
+            return branch_loss(
+                branch, injection, self._engine.policy, self._flux, self._score, config.objective, config.rewards
+            )
+        except (ValueError, RewardRejected) as error:
+            raise StepError(f"{self._where(injection.rollout.pairs)}, branch {branch.name}: {error}") from error
+
+    def _require_finite(self, what: str, values: Tensor, pairs: Sequence[PromptPair]) -> None:
+        """`values` has a row for each pair, or is 0-d and made of all of them."""
+        is_finite = values.isfinite().flatten(1).all(dim=1) if values.ndim else values.isfinite().expand(len(pairs))
+        if not is_finite.all():
+            wrong = [pair for pair, fine in zip(pairs, is_finite.tolist(), strict=True) if not fine]
+            raise StepError(f"{self._where(wrong)}: {what} is not finite")
+
+    def _where(self, pairs: Sequence[PromptPair]) -> str:
+        prompts = ", ".join(repr(pair.prompt) for pair in pairs)
+        return f"step {self._step + 1}, worker {dist.get_rank()}, prompts {prompts}"
 
     def _rollout(self, step: int, batch: Batch, indices: Sequence[int], prompts: Sequence[str]) -> Rollout:
         generators = [noise_generator(self._config.seed, step, index) for index in indices]

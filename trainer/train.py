@@ -17,7 +17,7 @@ import PIL.Image
 import ray.train
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from services.config import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
@@ -28,6 +28,7 @@ from trainer.conditioning import encoder, load_flux, used_prompts
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
 from trainer.learner import Learner, num_backwards, worker_samples
+from trainer.lora import adapter, add_adapter, whole
 from trainer.measure import Panel
 from trainer.record import Journal, StepNumbers, progress_line
 from trainer.stop_rules import BEST_STEP
@@ -83,7 +84,12 @@ class Worker:
         config, engine = self.config, self.config.engine
         dtype = getattr(torch, config.model.dtype)
         self._flux = load_flux(config, self._device, gradient_checkpointing=engine.gradient_checkpointing)
-        self._engine = Engine.create(self._flux.transformer, config.optimizer, engine, num_backwards(config), dtype)
+        if config.finetune.kind == "lora":
+            add_adapter(self._flux.transformer, config.finetune, config.seed)
+        num_trained = sum(each.numel() for each in self._flux.transformer.parameters() if each.requires_grad)
+        self._log(lambda tracker: tracker.set_tag("num_trained_parameters", str(num_trained)))
+        backwards = num_backwards(config)
+        self._engine = Engine.create(self._flux.transformer, config.optimizer, engine, backwards, dtype, config.ema)
         shift = self._flux.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
         self._held_out = held_out_images(config, shift)
 
@@ -208,10 +214,11 @@ class Worker:
             self._log(lambda tracker: tracker.log_image(self._grid(images), "samples", step))
 
     def export(self) -> None:
-        """Write the aligned model as a folder that FluxPipeline loads."""
+        """Write the aligned model as a folder that FluxPipeline loads, and the adapter alone where there is one."""
         with self._total.timed("export"):
-            self._engine.export(lambda policy: self._flux.save_pipeline(policy, self._folder / "model"))
-        self._log(lambda tracker: tracker.log_model_folder(self._folder / "model"))
+            self._engine.export(self._write_model)
+        for name in ("model", "adapter") if self.config.finetune.kind == "lora" else ("model",):
+            self._log(partial(Tracker.log_model_folder, folder=self._folder / name, name=name))
 
     def summarise(self) -> None:
         """Worker 0 writes before and after, as numbers and as a picture, and ends its record."""
@@ -253,8 +260,14 @@ class Worker:
     ) -> RewardResponse:
         return self._client.score(RewardRequest(images, pairs, preference_scales, (WeightedReward(reward),)))
 
+    def _write_model(self, policy: nn.Module) -> None:
+        self._flux.save_pipeline(whole(policy, self.config.finetune), self._folder / "model")
+        if self.config.finetune.kind == "lora":
+            self._flux.save_adapter(*adapter(policy), self._folder / "adapter")
+
     def _draw(self, pictures: HeldOut, num_images: int) -> Tensor | None:
-        return pictures.draw(self._engine.policy, self._flux, self._encoded, num_images)
+        with self._engine.averaged():
+            return pictures.draw(self._engine.policy, self._flux, self._encoded, num_images)
 
     def _judge(self, images: Tensor) -> dict[str, float]:
         prompts, batch = self._held_out.prompts, self.config.evaluation.batch

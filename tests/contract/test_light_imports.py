@@ -11,6 +11,7 @@ import pytest
 LIGHT = [
     "services.config",
     "services.contract",
+    "services.finetune",
     "services.objective",
     "services.prompt_config",
     "services.reward_client",

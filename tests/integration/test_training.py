@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class Bench:
         self,
         name: str,
         stop_when: Sequence[dict[str, Any]] = (),
-        other: dict[str, Any] | None = None,
+        sections: Mapping[str, Any] | None = None,
         **engine: Any,
     ) -> Path:
         """A run file with paths relative to `folder`, from where runs are started."""
@@ -127,12 +127,15 @@ class Bench:
             "tracking": {"uri": self.tracking_uri},
         }
         path = self.folder / f"{name}.yaml"
-        chosen = {key: value for key, value in (run | (other or {})).items() if value is not None}
+        chosen = {key: value for key, value in (run | dict(sections or {})).items() if value is not None}
         path.write_text(yaml.safe_dump(chosen), encoding="utf-8")
         return path
 
     def start(self, run_file: Path, program: str = "trainer.launch") -> subprocess.Popen[str]:
-        environment = os.environ | {"RAY_ADDRESS": self.ray_address, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {
+            "RAY_ADDRESS": self.ray_address,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
         command = [sys.executable, "-m", program, run_file.name]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **pipes)  # type: ignore[call-overload]
@@ -357,7 +360,7 @@ def test_a_run_on_real_images_reads_their_latents(bench: Bench, capsys: pytest.C
         "prompts": None,
         "dataset": {"path": str(images), "latents_path": str(latents)},
     }
-    run_file = bench.write_run("offline", other=offline, num_workers=1)
+    run_file = bench.write_run("offline", sections=offline, num_workers=1)
     config = load_run_config(run_file)
     encode(config, listed_images(config))
     written = {file: file.stat().st_mtime_ns for file in latents.glob("*.safetensors")}
@@ -378,6 +381,23 @@ def test_a_run_on_real_images_reads_their_latents(bench: Bench, capsys: pytest.C
     assert [step for step, _ in run.history("loss")] == [1, 2]
     assert run.record.data.params["dataset.path"] == str(images)
     assert [step for step, _ in run.history("eval/reward")] == [0, 2]
+
+
+def test_a_rule_that_the_base_model_breaks_ends_the_run_at_its_first_check(bench: Bench) -> None:
+    """A mistake of the run file, found by a worker: it is told in one line, and no worker is started again."""
+    pids = set()
+    bench.wiretap.on_request = lambda _, pid: pids.add(pid)
+    sections = {"finetune": {"kind": "lora", "rank": 2}, "ema": {"decay": 0.5}}
+    rule = {"metric": "guard/saturation", "above": -1.0}
+    with bench.start(bench.write_run("mistaken", [rule], sections)) as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "guard.stop_when.0: the base model is beyond it: guard/saturation" in line
+    assert len(pids) == 1, "worker 0, once"
+    record = bench.find("mistaken", output).record
+    assert record.info.status == "FAILED"
+    assert 0 < int(record.data.tags["num_trained_parameters"]) < 5000, "the adapter's alone"
 
 
 def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,29 @@ def test_what_is_not_there_is_named_in_one_line(run_file: Path, capsys: pytest.C
     assert error.startswith("error: ")
     assert "outputs/tiny/model is neither a model folder nor a checkpoint" in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["other", "code"])
+def test_a_checkpoint_that_is_not_the_runs_is_refused_and_no_code_in_it_is_run(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint" / "policy").mkdir(parents=True)
+    module = {"x": torch.ones(1)} if damage == "other" else {"x": Trap(tmp_path / "sprung")}
+    torch.save({"module": module}, tmp_path / "checkpoint" / "policy" / "mp_rank_00_model_states.pt")
+    assert main([str(run_file), "checkpoint"]) == 1
+    assert "checkpoint is no checkpoint of this run" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Pickled, it makes a folder where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)  # a plain function, as an attacker would take one
 
 
 def test_two_policies_of_one_name_are_refused(flux_folder: Path) -> None:

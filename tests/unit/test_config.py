@@ -73,6 +73,9 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
         (("engine",), "zero_stagee", 2, "engine.zero_stagee"),
         (("engine",), "zero_stage", 5, "engine.zero_stage"),
         (("engine",), "global_batch", 7, "7 is not a multiple of"),
+        (("finetune",), "rank", 4, "finetune: Value error, rank 4: of no use to kind full"),
+        (("finetune",), "target_modules", [], "finetune.target_modules"),
+        (("ema",), "decay", 1.0, "ema.decay"),
         (("optimizer",), "learning_rate", -1e-5, "optimizer.learning_rate"),
         (("optimizer",), "learning_rate", float("nan"), "optimizer.learning_rate"),
         (("control_words",), "positive", "", "control_words.positive"),
@@ -107,6 +110,7 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
             {"path": "images", "latents_path": "latents"},
             "not both (a dataset's captions are its prompts)",
         ),
+        (("model",), "dtype", "bfloat16", "engine.zero_stage 0 cannot train a model.dtype of bfloat16"),
         ((), "rewards", [], "rewards"),
         ((), "rewards", [{"name": "a"}, {"name": "a"}], "rewards: each name may come once, not ['a', 'a']"),
     ],
@@ -115,11 +119,12 @@ def test_a_bad_key_or_value_is_named_with_file_and_value(
     tmp_path: Path, place: tuple[str | int, ...], key: str, value: object, named: str
 ) -> None:
     loaded = tree()
-    branch: Any = loaded | {"objective": {}}
+    branch: Any = loaded | {"objective": {}, "finetune": {}, "ema": {"decay": 0.9}}
     loaded = branch
     for name in place:
         branch = branch[name]
     branch[key] = value
+    loaded["engine"] |= {"zero_stage": 0} if key == "dtype" else {}
     path = write(tmp_path, loaded)
     with pytest.raises(ConfigError) as error:
         load_run_config(path)

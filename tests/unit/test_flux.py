@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.pictures import tensor_of
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
@@ -77,16 +81,51 @@ def test_a_real_vae_alone_gives_a_picture_back() -> None:
     assert (given_back - picture).square().mean().sqrt() < 0.1 * picture.std()
 
 
-def test_gradient_checkpointing_changes_no_gradient(flux: FluxModel, flux_folder: Path) -> None:
+def test_gradient_checkpointing_saves_less_and_changes_no_gradient(flux: FluxModel, flux_folder: Path) -> None:
+    """Of the transformer and of the VAE's decoder, each by itself."""
     checkpointing = FluxModel.load(str(flux_folder), torch.float32, gradient_checkpointing=True)
     conditioning = flux.encode_prompts(PROMPTS[:1], MAX_SEQUENCE_LENGTH)
     noise = flux.draw_noise([torch.Generator().manual_seed(0)], *SIZE)
-    gradients = []
+    results = []
     for model in (flux, checkpointing):
-        velocity = model.predict_velocity(model.transformer, noise, torch.tensor(0.8), conditioning, 3.5, *SIZE)
-        parameters = list(model.transformer.parameters())
-        gradients.append(torch.autograd.grad(model.decode_image(velocity, *SIZE).sum(), parameters))
-    torch.testing.assert_close(gradients[0], gradients[1])
+        with saved_numbers() as of_transformer:
+            velocity = model.predict_velocity(model.transformer, noise, torch.tensor(0.8), conditioning, 3.5, *SIZE)
+        with saved_numbers() as of_decoder:
+            images = model.decode_image(velocity, *SIZE)
+        gradients = torch.autograd.grad(images.sum(), list(model.transformer.parameters()))
+        results.append((gradients, sum(of_transformer), sum(of_decoder)))
+    (plain, *all_saved), (recomputed, *few_saved) = results
+    torch.testing.assert_close(recomputed, plain)
+    for few, everything in zip(few_saved, all_saved, strict=True):
+        assert few < 0.5 * everything
+
+
+@contextmanager
+def saved_numbers() -> Iterator[list[int]]:
+    """How many numbers autograd keeps for the backward, a tensor at a time."""
+    sizes: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_weights_that_are_not_finite_are_named(flux_folder: Path, tmp_path: Path, part: str) -> None:
+    folder = shutil.copytree(flux_folder, tmp_path / "model")
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = sorted(weights)[-1]
+    weights[name].view(-1)[-1] = math.nan if part == "transformer" else -math.inf
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=rf"model.path {folder}: {part}/.*{name.split('.')[-2]}.* holds NaN or infinite"
+    ):
+        FluxModel.load(str(folder), torch.bfloat16)
 
 
 def test_dynamic_shift_is_read_from_the_checkpoint(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -167,3 +171,46 @@ def test_a_step_with_embeddings_from_disk_is_the_same_to_the_last_bit(
     for key in (key for key in numbers if not key.startswith("seconds_")):
         assert numbers[key] == expected_numbers[key], key
     assert all(weight.equal(expected_weights[name]) for name, weight in weights.items())
+
+
+def break_steps(rank: int, run: RunConfig) -> None:
+    """A reward that is not finite, a gradient that is not, and a model that is not: each is named, with its step."""
+    from trainer.engine import Engine, init_distributed
+    from trainer.learner import Learner, StepError, num_backwards
+
+    def spoiled(name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]) -> RewardResponse:
+        response = score(name, images, pairs, scales)
+        return replace(response, rewards=response.rewards * math.nan)
+
+    def enormous(
+        name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]
+    ) -> RewardResponse:
+        response = score(name, images, pairs, scales)
+        assert isinstance(response.image_gradient, np.ndarray)
+        return replace(response, image_gradient=np.full_like(response.image_gradient, 1e38))
+
+    init_distributed(use_gpu=False)
+    flux = FluxModel.load(run.model.path, torch.float32)
+    engine = Engine.create(flux.transformer, run.optimizer, run.engine, num_backwards(run), torch.float32)
+    encode = partial(flux.encode_prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
+
+    def step(judge: Any) -> None:
+        learner = Learner(run, engine, flux, judge, encode)
+        for injections in learner.roll_out(STEP):
+            for injection in injections:
+                learner.learn(injection)
+            learner.update()
+
+    where = rf"step 4, worker {rank}, prompts '[^']+'"
+    with pytest.raises(StepError, match=rf"^{where}, branch denoise: reward \('tiny',\) answered non-finite numbers"):
+        step(spoiled)
+    with pytest.raises(StepError, match=r"^step 4: the gradient's norm over all workers is (inf|nan)"):
+        step(enormous)
+    with pytest.raises(StepError, match=rf"^{where}: a clean latent is not finite"):
+        step(score)  # its weights are lost now
+
+
+def test_numbers_that_are_not_finite_end_a_step_by_name(flux_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "flux").symlink_to(flux_folder)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    in_workers(1, break_steps, make_run(tmp_path, "default", 1, 1, 0))
