@@ -14,12 +14,12 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from services.objective import (
-    ControlWordsConfig,
     Frozen,
     ObjectiveConfig,
     Positive,
     RewardConfig,
     RewardServiceConfig,
+    RunWordsConfig,
 )
 
 
@@ -188,7 +188,7 @@ class RunConfig(Frozen):
     output_dir: Path = Path("outputs")  # the run writes to output_dir/name
     model: ModelConfig
     prompts: PromptsConfig
-    control_words: ControlWordsConfig
+    control_words: RunWordsConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]

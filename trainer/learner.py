@@ -26,6 +26,7 @@ from trainer.flux import Conditioning, FluxModel
 from trainer.prompts import (
     batch_indices,
     draw_levels,
+    draw_words,
     image_generator,
     injection_generator,
     load_prompts,
@@ -67,6 +68,10 @@ class Learner:
         truncate = config.objective.truncate_timestep
         self._sampling = Sampling(rollout.num_steps, rollout.guidance_scale, self._shift, *self._size, truncate)
 
+    def follow(self, config: RunConfig) -> None:
+        """Go on with the words, scales and weights of `config`, otherwise the same run (helm.py)."""
+        self._config = config
+
     def roll_out(self, step: int) -> list[list[Injection]]:
         """Roll out the worker's prompts, a micro-batch at a time. Returns the step's injections, grouped by update."""
         engine = self._config.engine
@@ -99,13 +104,15 @@ class Learner:
 
     def _rollout(self, step: int, indices: Sequence[int], prompts: Sequence[str]) -> Rollout:
         generators = [noise_generator(self._config.seed, step, index) for index in indices]
-        words = self._config.control_words
+        words = [draw_words(self._config.control_words, self._config.seed, step, index) for index in indices]
         return roll_out(
             self._engine.policy,
             self._flux,
             self._encode(prompts),
             self._flux.draw_noise(generators, *self._size),
-            tuple(PromptPair(prompt, words.positive, words.negative) for prompt in prompts),
+            tuple(
+                PromptPair(prompt, each.positive, each.negative) for prompt, each in zip(prompts, words, strict=True)
+            ),
             self._sampling,
         )
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from services.objective import ControlWordsConfig, RunWordsConfig
+
 
 class PromptsError(ValueError):
     """The prompt file cannot be used; the text names the file and the cure."""
@@ -27,6 +29,7 @@ class _Stream(IntEnum):
     INJECTION = 4
     IMAGE = 5
     GUARD = 6
+    WORDS = 7
 
 
 def load_prompts(path: Path) -> tuple[str, ...]:
@@ -72,6 +75,17 @@ def draw_levels(
     random, count = _random(seed, _Stream.LEVEL, step, sample_index), high - low + 1
     starts = [low + count * part // num_levels for part in range(num_levels + 1)]
     return tuple(int(random.integers(start, end)) for start, end in pairwise(starts))
+
+
+def draw_words(words: RunWordsConfig, seed: int, step: int, sample_index: int) -> ControlWordsConfig:
+    """The control words of a sample: the run's pair, or one of several as words.kind and words.per say."""
+    if words.kind == "fixed":
+        return words
+    place = (step,) if words.per == "step" else (step, sample_index)
+    if words.kind == "cycle":
+        return words.pairs[sum(place) % len(words.pairs)]
+    weights = np.array([pair.weight for pair in words.pairs])
+    return words.pairs[_random(seed, _Stream.WORDS, *place).choice(len(weights), p=weights / weights.sum())]
 
 
 def noise_generator(seed: int, step: int, sample_index: int) -> torch.Generator:

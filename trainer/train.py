@@ -26,6 +26,7 @@ from services.tracking import Tracker
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
 from trainer.flux import FluxModel, encode_ahead
+from trainer.helm import Helm, try_out
 from trainer.learner import Learner, num_backwards, worker_samples
 from trainer.measure import Panel
 from trainer.prompts import load_prompts
@@ -46,6 +47,7 @@ def train_worker(config: RunConfig, run_id: str) -> None:
     for step in range(first_step, config.num_steps):
         if run.must_stop():
             break
+        run.steer()
         with run.step_timed():
             for injections in run.learner.roll_out(step):
                 for injection in injections:
@@ -71,12 +73,14 @@ class Worker:
             torch.set_num_threads(config.engine.threads_per_worker)
             self._device = init_distributed(config.engine.use_gpu)
             self._rank, self._num_workers = dist.get_rank(), dist.get_world_size()
-            self._journal = Journal(Tracker.resume(config.tracking.uri, run_id)) if self._rank == 0 else None
+            tracker = Tracker.resume(config.tracking.uri, run_id) if self._rank == 0 else None
+            self._journal = Journal(tracker) if tracker else None
             self._folder = config.output_dir / config.name
             self._load_model()
             self._load_rewards()
             self._encode_prompts()
             self.learner = Learner(config, self._engine, self._flux, self._score, self._encoded)
+            self._helm = Helm(config, self._device, tracker, self._log, partial(try_out, self._client))
 
     def _load_model(self) -> None:
         config, engine = self.config, self.config.engine
@@ -127,6 +131,7 @@ class Worker:
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as folder:
+            self._helm.load(Path(folder))
             if self._watch is not None:
                 self._watch.load(Path(folder))
             return self._engine.load(Path(folder))
@@ -143,6 +148,12 @@ class Worker:
             self._log(lambda tracker: tracker.log_metrics(evaluation.numbers, step))
             self._log(lambda tracker: tracker.log_image(self._grid(images), "samples", step))
             print(f"{policy_name}:", *(f"{key} {value:.3f}" for key, value in evaluation.numbers.items()), flush=True)
+
+    def steer(self) -> None:
+        """Take the words, scales and weights that the MLflow run asks for, on all workers at once."""
+        self._helm.turn()
+        self.learner.follow(self._helm.config)
+        self.learner.numbers.add("steering_version", self._helm.in_force.version)
 
     def step_timed(self) -> AbstractContextManager[None]:
         return self.learner.numbers.timed("step")
@@ -232,6 +243,8 @@ class Worker:
     def _save_checkpoint(self, step: int) -> None:
         with tempfile.TemporaryDirectory() as folder, self._total.timed("checkpoints"):
             self._engine.save(Path(folder), step)
+            if self._rank == 0:
+                self._helm.save(Path(folder))
             metrics = {"step": step}
             if self._watch is not None:
                 metrics[BEST_STEP] = step if self._watch.is_best(step) else -1

@@ -14,6 +14,8 @@ LIGHT = [
     "services.objective",
     "services.reward_client",
     "services.score_files",
+    "services.steer_run",
+    "services.steering",
     "services.tracking",
     "services.try_words",
 ]
