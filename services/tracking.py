@@ -13,6 +13,7 @@ blocks a training for minutes. Every failure is a TrackingError that names the s
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -146,6 +147,25 @@ class Tracker:
     def tags(self) -> dict[str, str]:
         """All tags of the run, MLflow's own among them."""
         return dict(_bounded(self.uri, "read the tags", lambda: self._client.get_run(self.run_id).data.tags))
+
+    def history(self, metric: str) -> dict[int, float]:
+        """The metric by step; of a step that was repeated, the last value."""
+        points = _bounded(self.uri, "read a metric", lambda: self._client.get_metric_history(self.run_id, metric))
+        return {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
+
+    def images(self, key: str, folder: Path) -> dict[int, Path]:
+        """The pictures that log_image has logged under `key`, by step, copied into `folder`."""
+
+        def copy() -> dict[int, Path]:
+            paths = [item.path for item in self._client.list_artifacts(self.run_id, "images")]
+            found = [re.fullmatch(rf"images/{re.escape(key)}[+%]step[+%](\d+)[+%].*\.png", path) for path in paths]
+            return {
+                int(each[1]): Path(self._client.download_artifacts(self.run_id, each[0], str(folder)))
+                for each in found
+                if each
+            }
+
+        return _bounded(self.uri, f"read the pictures {key}", copy)
 
     def run_file(self, folder: Path) -> Path:
         """The run file, which launch.py has logged, copied into `folder`. Raises TrackingError where there is none."""

@@ -92,5 +92,5 @@ def test_words_that_the_reward_service_refuses_are_refused(reward_url: str) -> N
     config = config.model_copy(update={"rewards": (config.rewards[0].model_copy(update={"name": "tiny-clip"}),)})
     with RewardClient(reward_url, max_attempts=1) as client:
         try_out(client, Steering(positive="Oil", negative="3D", preference_scale=2.0).applied_to(config))
-        with pytest.raises(SteeringError, match="tiny-clip does not take it.*max_text_chars"):
+        with pytest.raises(SteeringError, match=r"tiny-clip does not take it.*max_text_chars"):
             try_out(client, Steering(positive="Oil" * 1000, negative="3D").applied_to(config))

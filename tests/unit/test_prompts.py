@@ -108,7 +108,7 @@ def drawn(seed: int = 0, num_steps: int = 300, num_samples: int = 4, **words: ob
 
 
 def test_one_pair_is_everybodys() -> None:
-    assert drawn(num_steps=2, num_samples=2, **PAIRS[0]) == [["3D", "3D"], ["3D", "3D"]]
+    assert drawn(num_steps=2, num_samples=2, positive="3D", negative="Flat") == [["3D", "3D"], ["3D", "3D"]]
 
 
 def test_pairs_take_turns() -> None:
