@@ -28,11 +28,10 @@ from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out
 from trainer.flux import FluxModel, encode_ahead
 from trainer.helm import Helm, try_out
 from trainer.learner import Learner, num_backwards, worker_samples
-from trainer.measure import Panel
 from trainer.prompts import load_prompts
 from trainer.record import Journal, StepNumbers, progress_line
 from trainer.stop_rules import BEST_STEP
-from trainer.watch import Watch, reward_metrics
+from trainer.watch import Watch, guard_panel
 
 _GRID_COLUMNS = 6
 
@@ -97,18 +96,10 @@ class Worker:
         self._client = RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts)
         judge_path = config.evaluation.judge_path
         self._judges = Judges.load(judge_path, self._device) if judge_path and self._rank == 0 else None
-        guard, panel = config.guard, self._guard_panel() if self._rank == 0 else None
-        self._watch = Watch(config, guard, self._held_out.sampling, panel, self._device) if guard else None
-
-    def _guard_panel(self) -> Panel | None:
-        config, guard = self.config, self.config.guard
-        if guard is None:
-            return None
-        rewards = {
-            name: partial(similarities, self._client, config, reward)
-            for name, reward in reward_metrics(config, guard).items()
-        }
-        return Panel(rewards, self._judges, config.evaluation.reference_path, guard.num_images_per_prompt)
+        guard, self._watch = config.guard, None
+        if guard is not None:
+            panel = guard_panel(config, guard, self._client, self._judges) if self._rank == 0 else None
+            self._watch = Watch(config, guard, self._held_out.sampling, panel, self._device)
 
     def _encode_prompts(self) -> None:
         """Encode all that this worker will draw; the text encoders are not needed again."""
@@ -151,7 +142,8 @@ class Worker:
 
     def steer(self) -> None:
         """Take the words, scales and weights that the MLflow run asks for, on all workers at once."""
-        self._helm.turn()
+        with self.learner.numbers.timed("steer"):
+            self._helm.turn()
         self.learner.follow(self._helm.config)
         self.learner.numbers.add("steering_version", self._helm.in_force.version)
 
