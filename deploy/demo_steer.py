@@ -88,14 +88,18 @@ def record(tracker: Tracker, config: RunConfig, out_dir: Path) -> dict[str, Any]
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "steer.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
-        grids = {step: PIL.Image.open(file).copy() for step, file in tracker.images("samples", Path(folder)).items()}
+        files = sorted(tracker.images("samples", Path(folder)).items())
+        grids = {step: PIL.Image.open(file).copy() for step, file in files}
     draw(summary, grids, out_dir / "steer.png")
     return summary
 
 
 def draw(summary: dict[str, Any], grids: dict[int, PIL.Image.Image], path: Path) -> None:
     """The curves with the turn marked, and below them what the policy drew at its begin, at the turn and at the end."""
-    figure, axes = plt.subplots(1 + len(grids), 1, figsize=(9, 4 + 2.6 * len(grids)), layout="constrained", dpi=90)
+    heights = [3.6, *(9 * grid.height / grid.width + 0.2 for grid in grids.values())]  # in inches
+    figure, axes = plt.subplots(
+        len(heights), 1, figsize=(9, sum(heights)), height_ratios=heights, layout="constrained", dpi=90
+    )
     turn = summary["first_steered_step"]
     for name, colour in zip(_SHARES, ("tab:orange", "tab:blue"), strict=True):
         curve = summary["curves"][name]
@@ -106,7 +110,7 @@ def draw(summary: dict[str, Any], grids: dict[int, PIL.Image.Image], path: Path)
     axes[0].text(turn, 1.02, f"{after}  (version 1, from step {turn})", ha="left", color="grey")
     axes[0].set(xlabel="steps taken", ylabel="share by the judge", ylim=(0, 1))
     axes[0].legend(loc="center left")
-    for axis, (step, grid) in zip(axes[1:], sorted(grids.items()), strict=True):
+    for axis, (step, grid) in zip(axes[1:], grids.items(), strict=True):
         axis.imshow(grid)
         axis.set_title(f"after {step} steps", fontsize=10, loc="left")
         axis.axis("off")
