@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench-reward up down fmt manifests check test conflicting ci reference tiny clean
+.PHONY: help setup demo demo-steer bench-reward up down fmt manifests check test conflicting ci reference tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -17,6 +17,9 @@ setup: .venv/.complete  ## create .venv with pinned versions (the first time: ab
 
 demo: setup  ## align the embedded model, show before and after (under 8 minutes on 2 cores)
 	.venv/bin/python -m deploy.demo
+
+demo-steer: setup  ## turn a training from 3D to Flat half way, and draw the curve (under 8 minutes on 2 cores)
+	.venv/bin/python -m deploy.demo_steer
 
 bench-reward: setup  ## how fast the reward service is, on a quiet machine (under 15 minutes)
 	.venv/bin/python -m deploy.bench_reward

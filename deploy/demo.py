@@ -83,7 +83,7 @@ def demo(services: LocalServices, run_files: Sequence[Path], out_dir: Path) -> d
 def train(where: Settings, run_file: Path) -> Outcome:
     """Submit one run as a Ray job, show what it prints, and read what it left."""
     began = time.monotonic()
-    config = load_run_config(_at_our_services(where, run_file))
+    config = load_run_config(at_our_services(where, run_file))
     jobs = Jobs(where.dashboard_url)
     words = config.control_words
     print(f"\n== {config.name}: more {words.positive}, less {words.negative} ==", flush=True)
@@ -102,7 +102,7 @@ def train(where: Settings, run_file: Path) -> Outcome:
     return Outcome(config, evaluation, time.monotonic() - began, url)
 
 
-def _at_our_services(where: Settings, run_file: Path) -> Path:
+def at_our_services(where: Settings, run_file: Path) -> Path:
     """A copy of the run file that names the services' addresses, which options can change."""
     tree = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     tree["reward_service"] = {**tree.get("reward_service", {}), "url": where.serve_url}

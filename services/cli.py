@@ -6,6 +6,8 @@
     srpo evaluate RUN.yaml [MODEL …]       compare with the base model, as a Ray job
     srpo encode RUN.yaml                   a dataset's images into latents, as a Ray job
     srpo jobs | srpo stop JOB              what runs on the cluster, and an end to it
+    srpo steer RUN --positive … --negative …
+                                           change what a running training maximises
     srpo sample MODEL --prompt … -o FILE   draw with a model
     srpo score IMAGE… --prompt … --positive … --negative …
                                            the relative reward of pictures
@@ -25,13 +27,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from services.config import ConfigError, load_run_config
+from services.config import ConfigError, TrackingConfig, load_run_config
 from services.contract import ContractError
 from services.jobs import DEFAULT_ADDRESS, Jobs, JobsError
 from services.objective import RewardServiceConfig
 from services.rank_words import TrialError
 from services.reward_client import RewardClient, RewardError
 from services.score_files import score_files
+from services.steering import SteeringError
 from services.try_words import try_words
 
 _PROGRAMS = {  # that take a run file and are Ray jobs
@@ -43,6 +46,7 @@ _PROGRAMS = {  # that take a run file and are Ray jobs
 _EXIT_INTERRUPTED = 130  # as shells have it
 _NUM_ATTEMPTS = 2  # somebody is waiting, and is told soon that the service is not there
 _DEFAULT_REWARD_URL = RewardServiceConfig.model_fields["url"].default
+_DEFAULT_TRACKING_URI = TrackingConfig.model_fields["uri"].default
 
 
 class UsageError(ValueError):
@@ -68,11 +72,10 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
             _become("trainer.launch", str(args.run))
         case "submit" | "embed" | "evaluate" | "encode":
             return submit(args.command, args.run, getattr(args, "models", ()), args.address)
-        case "jobs":
-            return list_jobs(Jobs(args.address))
-        case "stop":
-            Jobs(args.address).stop(args.job)
-            return 0
+        case "jobs" | "stop":
+            return list_jobs(Jobs(args.address)) if args.command == "jobs" else stop_job(Jobs(args.address), args.job)
+        case "steer":
+            return _steer(args)
         case "sample":
             _become("trainer.sample", *rest)
         case "score" | "rank-words":
@@ -112,6 +115,21 @@ def list_jobs(jobs: Jobs) -> int:
     return 0
 
 
+def stop_job(jobs: Jobs, job_id: str) -> int:
+    jobs.stop(job_id)
+    return 0
+
+
+def _steer(args: argparse.Namespace) -> int:
+    from services.steer_run import steer_run  # on use: MLflow takes seconds to import
+    from services.tracking import TrackingError
+
+    try:
+        return steer_run(args)
+    except (SteeringError, TrackingError) as error:
+        raise UsageError(error) from error
+
+
 def _only_reward(client: RewardClient) -> str:
     names = sorted(client.models())
     if len(names) != 1:
@@ -142,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--address", default=DEFAULT_ADDRESS, help="the cluster's dashboard (%(default)s)")
     stop.add_argument("job", metavar="JOB", help="as `srpo jobs` lists it")
     commands.add_parser("sample", add_help=False, help="draw with a model: srpo sample MODEL --prompt TEXT -o FILE")
+    _add_steer(commands.add_parser("steer", help="change what a running training maximises, from its next step on"))
     score = commands.add_parser("score", help="the relative reward of pictures")
     rank_words = commands.add_parser("rank-words", help="which control words would move the reward on given pictures")
     _add_score(score)
@@ -151,6 +170,17 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--url", default=_DEFAULT_REWARD_URL, help="the reward service (%(default)s)")
         command.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     return parser
+
+
+def _add_steer(steer: argparse.ArgumentParser) -> None:
+    steer.add_argument("run", metavar="RUN", help="the name or id of a run that is training, as MLflow has it")
+    steer.add_argument("--positive", metavar="WORD", help="control word that is wanted from now on")
+    steer.add_argument("--negative", metavar="WORD", help="control word that is to be avoided from now on")
+    steer.add_argument("--preference-scale", type=float, metavar="K", help="k at all levels, in place of the schedules")
+    steer.add_argument("--weights", metavar="NAME=NUMBER,…", help="of the run's rewards")
+    steer.add_argument("--reset", action="store_true", help="go back to all that the run file says")
+    steer.add_argument("--tracking-uri", default=_DEFAULT_TRACKING_URI, metavar="URI", help="(%(default)s)")
+    steer.epilog = "What is not given is as in the run file, whatever was asked before."
 
 
 def _add_score(score: argparse.ArgumentParser) -> None:

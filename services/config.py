@@ -16,12 +16,12 @@ from pydantic import Field, ValidationError, model_validator
 from services.dataset import DatasetConfig
 from services.finetune import EmaConfig, FinetuneConfig
 from services.objective import (
-    ControlWordsConfig,
     Frozen,
     ObjectiveConfig,
     Positive,
     RewardConfig,
     RewardServiceConfig,
+    RunWordsConfig,
 )
 from services.prompt_config import PromptsConfig, PromptsPath
 
@@ -202,7 +202,7 @@ class RunConfig(Frozen):
     model: ModelConfig
     prompts: PromptsConfig = PromptsConfig()
     dataset: DatasetConfig | None = None  # real images in place of prompts.path, and no rollout in training
-    control_words: ControlWordsConfig
+    control_words: RunWordsConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]

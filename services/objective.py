@@ -5,7 +5,7 @@ Source of the method and of every default: Shen et al., arXiv 2509.06942 (SRPO),
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -27,6 +27,42 @@ class ControlWordsConfig(Frozen):
 
     positive: Word
     negative: Word
+
+
+class WeightedWordsConfig(ControlWordsConfig):
+    """One of several pairs; the weight is its share of the draws."""
+
+    weight: PositiveFloat = 1.0
+
+
+class RunWordsConfig(ControlWordsConfig):
+    """The run's words: one pair, or `pairs` of which each step or sample gets one.
+
+    With `pairs`, the pair of evaluation and guard is positive and negative, or if these are left out the first one.
+    `srpo steer` changes the words of a running training (services/steering.py), never those of evaluation and guard.
+    """
+
+    # cycle: the pairs in turn. choice: drawn by (seed, step, sample index) with their weights.
+    kind: Literal["fixed", "cycle", "choice"] = "fixed"
+    pairs: tuple[WeightedWordsConfig, ...] = ()
+    per: Literal["step", "sample"] = "step"  # whether all samples of a step share a pair
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_pair_is_judged(cls, given: Any) -> Any:
+        match given:
+            case {"pairs": [{"positive": positive, "negative": negative}, *_]}:
+                return {"positive": positive, "negative": negative, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _pairs_fit_the_kind(self) -> RunWordsConfig:
+        if (self.kind == "fixed") != (not self.pairs):
+            needed = "has positive and negative, no pairs: choose cycle or choice" if self.pairs else "needs pairs"
+            raise ValueError(f"kind {self.kind} {needed}")
+        if self.kind != "choice" and (weights := [pair.weight for pair in self.pairs if pair.weight != 1]):
+            raise ValueError(f"weight {weights[0]:g} has no effect with kind {self.kind}: choose choice")
+        return self
 
 
 class Schedule(Frozen):

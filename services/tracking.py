@@ -13,6 +13,7 @@ blocks a training for minutes. Every failure is a TrackingError that names the s
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds a server may stay silent: both cores may be busy training
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the programs that use this file say themselves what is where
 }
 _PARAMS_PER_CALL = 100  # the tracking API's limit
@@ -82,6 +84,22 @@ class Tracker:
 
         return cls(client, uri, _bounded(uri, f"find run {name!r}", find))
 
+    @classmethod
+    def running(cls, uri: str, run: str) -> Tracker:
+        """A run that is training, by its id, or the last started of this name. Raises TrackingError where none is."""
+        client = _connect(uri)
+
+        def find() -> str:
+            experiments = [each.experiment_id for each in client.search_experiments()]
+            for attribute in ("run_id", "run_name"):
+                query, order = f"attributes.{attribute} = '{run}'", ["attributes.start_time DESC"]
+                query += " and attributes.status = 'RUNNING'"
+                for found in client.search_runs(experiments, query, max_results=1, order_by=order):
+                    return str(found.info.run_id)
+            raise MlflowException("no run of this name or id is running")
+
+        return cls(client, uri, _bounded(uri, f"find run {run!r}", find))
+
     @property
     def url(self) -> str:
         """Where a person sees this run in a browser."""
@@ -120,6 +138,45 @@ class Tracker:
 
     def set_tag(self, key: str, value: str) -> None:
         self._call(f"set tag {key}", self._client.set_tag, self.run_id, key, value, synchronous=True)
+
+    def clear_tag(self, key: str) -> None:
+        """Remove a tag; that there is none is no error."""
+        if key in self.tags():
+            self._call(f"remove tag {key}", self._client.delete_tag, self.run_id, key)
+
+    def tags(self) -> dict[str, str]:
+        """All tags of the run, MLflow's own among them."""
+        return dict(_bounded(self.uri, "read the tags", lambda: self._client.get_run(self.run_id).data.tags))
+
+    def history(self, metric: str) -> dict[int, float]:
+        """The metric by step; of a step that was repeated, the last value."""
+        points = _bounded(self.uri, "read a metric", lambda: self._client.get_metric_history(self.run_id, metric))
+        return {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
+
+    def images(self, key: str, folder: Path) -> dict[int, Path]:
+        """The pictures that log_image has logged under `key`, by step, copied into `folder`."""
+
+        def copy() -> dict[int, Path]:
+            paths = [item.path for item in self._client.list_artifacts(self.run_id, "images")]
+            found = [re.fullmatch(rf"images/{re.escape(key)}[+%]step[+%](\d+)[+%].*\.png", path) for path in paths]
+            return {
+                int(each[1]): Path(self._client.download_artifacts(self.run_id, each[0], str(folder)))
+                for each in found
+                if each
+            }
+
+        return _bounded(self.uri, f"read the pictures {key}", copy)
+
+    def run_file(self, folder: Path) -> Path:
+        """The run file, which launch.py has logged, copied into `folder`. Raises TrackingError where there is none."""
+
+        def copy() -> Path:
+            for item in self._client.list_artifacts(self.run_id):
+                if item.path.endswith((".yaml", ".yml")):
+                    return Path(self._client.download_artifacts(self.run_id, item.path, str(folder)))
+            raise MlflowException("none was logged")
+
+        return _bounded(self.uri, "read the run file", copy)
 
     def finish(self, status: RunStatus = "FINISHED") -> None:
         self._call(f"end the run as {status}", self._client.set_terminated, self.run_id, status)

@@ -30,6 +30,7 @@ from trainer.flow import Branch, branches
 from trainer.flux import FluxModel
 from trainer.prompts import (
     draw_levels,
+    draw_words,
     image_generator,
     injection_generator,
     noise_generator,
@@ -74,6 +75,10 @@ class Learner:
             )
             for size in config.model.training_sizes
         }
+
+    def follow(self, config: RunConfig) -> None:
+        """Go on with the words, scales and weights of `config`, otherwise the same run (helm.py)."""
+        self._config = config
 
     def roll_out(self, step: int) -> list[list[Injection]]:
         """Roll out the worker's prompts, a micro-batch at a time. Returns the step's injections, grouped by update.
@@ -135,9 +140,12 @@ class Learner:
 
     def _rollout(self, step: int, batch: Batch, indices: Sequence[int], prompts: Sequence[str]) -> Rollout:
         generators = [noise_generator(self._config.seed, step, index) for index in indices]
-        words, conditioning, sampling = self._config.control_words, self._encode(prompts), self._samplings[batch.size]
+        words = [draw_words(self._config.control_words, self._config.seed, step, index) for index in indices]
+        pairs = tuple(
+            PromptPair(prompt, each.positive, each.negative) for prompt, each in zip(prompts, words, strict=True)
+        )
+        conditioning, sampling = self._encode(prompts), self._samplings[batch.size]
         noise = self._flux.draw_noise(generators, *batch.size)
-        pairs = tuple(PromptPair(prompt, words.positive, words.negative) for prompt in prompts)
         if batch.clean is not None:
             return Rollout(noise, batch.clean(indices).to(noise.device), conditioning, pairs, sampling)
         return roll_out(self._engine.policy, self._flux, conditioning, noise, pairs, sampling)

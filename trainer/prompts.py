@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from services.objective import ControlWordsConfig, RunWordsConfig
 from trainer.prompt_files import PromptsError
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class _Stream(IntEnum):
     IMAGE = 5
     GUARD = 6
     SIZE = 7
+    WORDS = 8
 
 
 def shard(num_samples: int, rank: int, num_workers: int) -> range:
@@ -65,6 +67,17 @@ def draw_levels(
     random, count = _random(seed, _Stream.LEVEL, step, sample_index), high - low + 1
     starts = [low + count * part // num_levels for part in range(num_levels + 1)]
     return tuple(int(random.integers(start, end)) for start, end in pairwise(starts))
+
+
+def draw_words(words: RunWordsConfig, seed: int, step: int, sample_index: int) -> ControlWordsConfig:
+    """The control words of a sample: the run's pair, or one of several as words.kind and words.per say."""
+    if words.kind == "fixed":
+        return words
+    place = (step,) if words.per == "step" else (step, sample_index)
+    if words.kind == "cycle":
+        return words.pairs[sum(place) % len(words.pairs)]
+    weights = np.array([pair.weight for pair in words.pairs])
+    return words.pairs[_random(seed, _Stream.WORDS, *place).choice(len(weights), p=weights / weights.sum())]
 
 
 def noise_generator(seed: int, step: int, sample_index: int) -> torch.Generator:

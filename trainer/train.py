@@ -27,12 +27,12 @@ from trainer.batches import open_batches
 from trainer.conditioning import encoder, load_flux, used_prompts
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
+from trainer.helm import Helm, try_out
 from trainer.learner import Learner, num_backwards, worker_samples
 from trainer.lora import adapter, add_adapter, whole
-from trainer.measure import Panel
 from trainer.record import Journal, StepNumbers, progress_line
 from trainer.stop_rules import BEST_STEP
-from trainer.watch import Watch, reward_metrics
+from trainer.watch import Watch, guard_panel
 
 _GRID_COLUMNS = 6
 
@@ -48,6 +48,7 @@ def train_worker(config: RunConfig, run_id: str) -> None:
     for step in range(first_step, config.num_steps):
         if run.must_stop():
             break
+        run.steer()
         with run.step_timed():
             for injections in run.learner.roll_out(step):
                 for injection in injections:
@@ -73,12 +74,14 @@ class Worker:
             torch.set_num_threads(config.engine.threads_per_worker)
             self._device = init_distributed(config.engine.use_gpu)
             self._rank, self._num_workers = dist.get_rank(), dist.get_world_size()
-            self._journal = Journal(Tracker.resume(config.tracking.uri, run_id)) if self._rank == 0 else None
+            tracker = Tracker.resume(config.tracking.uri, run_id) if self._rank == 0 else None
+            self._journal = Journal(tracker) if tracker else None
             self._folder = config.output_dir / config.name
             self._load_model()
             self._load_rewards()
             self._encode_prompts()
             self.learner = Learner(config, self._engine, self._flux, self._score, self._encoded)
+            self._helm = Helm(config, self._device, tracker, self._log, partial(try_out, self._client))
 
     def _load_model(self) -> None:
         config, engine = self.config, self.config.engine
@@ -99,18 +102,10 @@ class Worker:
         self._client = RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts)
         judge_path = config.evaluation.judge_path
         self._judges = Judges.load(judge_path, self._device) if judge_path and self._rank == 0 else None
-        guard, panel = config.guard, self._guard_panel() if self._rank == 0 else None
-        self._watch = Watch(config, guard, self._held_out.sampling, panel, self._device) if guard else None
-
-    def _guard_panel(self) -> Panel | None:
-        config, guard = self.config, self.config.guard
-        if guard is None:
-            return None
-        rewards = {
-            name: partial(similarities, self._client, config, reward)
-            for name, reward in reward_metrics(config, guard).items()
-        }
-        return Panel(rewards, self._judges, config.evaluation.reference_path, guard.num_images_per_prompt)
+        guard, self._watch = config.guard, None
+        if guard is not None:
+            panel = guard_panel(config, guard, self._client, self._judges) if self._rank == 0 else None
+            self._watch = Watch(config, guard, self._held_out.sampling, panel, self._device)
 
     def _encode_prompts(self) -> None:
         """Of all that this worker will draw, the conditioning: encoded now, or found on disk."""
@@ -130,6 +125,7 @@ class Worker:
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as folder:
+            self._helm.load(Path(folder))
             if self._watch is not None:
                 self._watch.load(Path(folder))
             return self._engine.load(Path(folder))
@@ -154,6 +150,13 @@ class Worker:
             self._log(lambda tracker: tracker.log_metrics(evaluation.numbers, step))
             self._log(lambda tracker: tracker.log_image(self._grid(images), "samples", step))
             print(f"{policy_name}:", *(f"{key} {value:.3f}" for key, value in evaluation.numbers.items()), flush=True)
+
+    def steer(self) -> None:
+        """Take the words, scales and weights that the MLflow run asks for, on all workers at once."""
+        with self.learner.numbers.timed("steer"):
+            self._helm.turn()
+        self.learner.follow(self._helm.config)
+        self.learner.numbers.add("steering_version", self._helm.in_force.version)
 
     def step_timed(self) -> AbstractContextManager[None]:
         return self.learner.numbers.timed("step")
@@ -244,6 +247,8 @@ class Worker:
     def _save_checkpoint(self, step: int) -> None:
         with tempfile.TemporaryDirectory() as folder, self._total.timed("checkpoints"):
             self._engine.save(Path(folder), step)
+            if self._rank == 0:
+                self._helm.save(Path(folder))
             metrics = {"step": step}
             if self._watch is not None:
                 metrics[BEST_STEP] = step if self._watch.is_best(step) else -1

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Collection
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.config import GuardConfig, RunConfig
+from services.reward_client import RewardClient
 from trainer.conditioning import located_guard_prompts
-from trainer.evaluate import HeldOut, Judges
+from trainer.evaluate import HeldOut, Judges, similarities
 from trainer.measure import Observations, Panel, metric_names
 from trainer.prompts import guard_generator
 from trainer.rollout import Sampling
@@ -124,6 +126,14 @@ def reward_metrics(config: RunConfig, guard: GuardConfig) -> dict[str, str]:
     names = [reward.name for reward in config.rewards]
     trained = {f"reward_{name}": name for name in names} if len(names) > 1 else {"reward": names[0]}
     return trained | ({"held_out_reward": guard.held_out_reward} if guard.held_out_reward else {})
+
+
+def guard_panel(config: RunConfig, guard: GuardConfig, client: RewardClient, judges: Judges | None) -> Panel:
+    """What measures the pictures of the checks: the rewards of `client`'s service, the judges, real pictures."""
+    rewards = {
+        name: partial(similarities, client, config, reward) for name, reward in reward_metrics(config, guard).items()
+    }
+    return Panel(rewards, judges, config.evaluation.reference_path, guard.num_images_per_prompt)
 
 
 def check_guard(config: RunConfig, guard: GuardConfig, offered: Collection[str]) -> None:

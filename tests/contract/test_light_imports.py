@@ -16,6 +16,8 @@ LIGHT = [
     "services.prompt_config",
     "services.reward_client",
     "services.score_files",
+    "services.steer_run",
+    "services.steering",
     "services.tracking",
     "services.try_words",
 ]

@@ -28,12 +28,15 @@ import torch
 import yaml
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reward_server.models import ClipArgs
 from reward_server.worker import Worker, WorkerArgs
+from services.cli import main
 from services.config import load_run_config
-from services.contract import REWARDS_PATH
+from services.contract import REWARDS_PATH, RewardRequest
+from services.steering import ERROR_TAG, TAG
+from services.tracking import Tracker
 from tests.pictures import photo
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
@@ -69,12 +72,28 @@ class Wiretap:
     app: ASGIApp
     on_request: Callable[[int, int], None] = field(default=lambda count, pid: None)  # requests so far, caller's pid
     count: int = 0
+    asked: list[tuple[int, set[str | None]]] = field(default_factory=list)  # caller's pid, and all words of a request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == REWARDS_PATH:
+            pid = pid_at_port(scope["client"][1])
             self.count += 1
-            self.on_request(self.count, pid_at_port(scope["client"][1]))
+            self.on_request(self.count, pid)
+            receive = self._noted(receive, pid)
         await self.app(scope, receive, send)
+
+    def _noted(self, receive: Receive, pid: int) -> Receive:
+        body = bytearray()
+
+        async def pass_on() -> Message:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            if message["type"] == "http.request" and not message.get("more_body"):
+                pairs = RewardRequest.from_bytes(bytes(body)).pairs
+                self.asked.append((pid, {word for pair in pairs for word in (pair.positive, pair.negative)}))
+            return message
+
+        return pass_on
 
 
 def pid_at_port(port: int) -> int:
@@ -155,6 +174,10 @@ class Bench:
         assert process.returncode == 0, output
         return output
 
+    def set_tag(self, name: str, key: str, value: str) -> None:
+        """On the run of this name, as a person may do in MLflow's pages."""
+        Tracker.latest(self.tracking_uri, "srpo", name).set_tag(key, value)
+
     def find(self, name: str, output: str) -> Run:
         client = mlflow.MlflowClient(self.tracking_uri)
         experiment = client.get_experiment_by_name("srpo")
@@ -231,7 +254,12 @@ def test_a_run_leaves_numbers_pictures_and_files(undisturbed: Run) -> None:
     assert undisturbed.record.info.status == "FINISHED"
     assert [step for step, _ in undisturbed.history("eval/reward")] == [0, NUM_STEPS]
     metrics = {"loss", "grad_norm", "reward_denoise", "reward_invert", "seconds_rollout", "seconds_reward"}
-    metrics |= {"discount_denoise", "tiny/preference_scale_denoise", "recovery_weight_invert"}  # λ, k and w
+    metrics |= {
+        "steering_version",
+        "discount_denoise",
+        "tiny/preference_scale_denoise",
+        "recovery_weight_invert",
+    }  # λ, k and w
     for metric in metrics:
         assert [step for step, _ in undisturbed.history(metric)] == list(range(1, NUM_STEPS + 1))
     assert undisturbed.record.data.params["engine.zero_stage"] == "2"
@@ -296,30 +324,49 @@ def begin_embeddings(run_file: Path, folder: Path) -> Path:
 
 
 def test_a_killed_worker_costs_steps_but_changes_nothing(bench: Bench, undisturbed: Run) -> None:
+    """So does a tag that cannot be understood."""
+
+    def on_request(count: int, pid: int) -> None:
+        if count == REQUESTS_BASE + 1:
+            bench.set_tag("killed", TAG, '{"positive": ""}')
+        elif count == REQUESTS_BASE + 2 * REQUESTS_TWO_STEPS + 3:  # in step 5
+            os.kill(pid, signal.SIGKILL)
+
     bench.wiretap.count = 0
-    bench.wiretap.on_request = lambda count, pid: (
-        os.kill(pid, signal.SIGKILL) if count == REQUESTS_BASE + 2 * REQUESTS_TWO_STEPS + 3 else None  # in step 5
-    )
+    bench.wiretap.on_request = on_request
     killed = bench.train(bench.write_run("killed", zero_stage=2))
     losses = [step for step, _ in killed.history("loss")]
     assert losses.count(1) == losses.count(2) == 1, "it resumed from a checkpoint"
     assert [step for step, _ in killed.history("eval/reward")] == [0, NUM_STEPS]
     assert killed.last_values("loss") == pytest.approx(undisturbed.last_values("loss"), abs=1e-6)
     torch.testing.assert_close(killed.weights(), undisturbed.weights(), rtol=0, atol=WEIGHTS_ATOL)
+    assert killed.last_values("steering_version") == [0] * NUM_STEPS
+    assert "positive: " in killed.record.data.tags[ERROR_TAG]
 
 
 def test_a_rule_ends_a_run_and_the_best_checkpoint_is_exported(bench: Bench, undisturbed: Run) -> None:
-    """Broken first at step 4, while a worker is killed in step 4: what was noted before is not forgotten."""
+    """Broken first at step 4, while a worker is killed in step 4: what was noted before is not forgotten.
+
+    Neither is that the run was steered: to the words of its file, which leaves the training the same.
+    """
     rule = rule_broken_first_at(undisturbed, step=4)
+
+    def on_request(count: int, pid: int) -> None:
+        begun = count - REQUESTS_BASE - REQUESTS_TWO_STEPS
+        if begun == 1:  # in step 3
+            bench.set_tag("guarded", TAG, '{"positive": "3D", "negative": "Flat"}')
+        # the words are tried out, then the fifth request of step 4: a worker sends four, so both have begun it and
+        # step 3 is on record
+        elif begun == 8 + 1 + 5:
+            os.kill(pid, signal.SIGKILL)
+
     bench.wiretap.count = 0
-    bench.wiretap.on_request = lambda count, pid: (
-        # the fifth request of step 4: a worker sends four, so both have begun it and step 3 is on record
-        os.kill(pid, signal.SIGKILL) if count == REQUESTS_BASE + REQUESTS_TWO_STEPS + 8 + 5 else None
-    )
+    bench.wiretap.on_request = on_request
     guarded = bench.train(bench.write_run("guarded", [rule], zero_stage=2))
     losses = [step for step, _ in guarded.history("loss")]
     assert losses.count(3) == 2, "killed in step 4, resumed before step 3"
     assert losses[-1] == 4, "ended after step 4"
+    assert guarded.history("steering_version") == [(1, 0), (2, 0), (3, 0), (3, 1), (4, 1)]
     seen = dict(undisturbed.history(rule["metric"])[:3])
     assert dict(guarded.history(rule["metric"])) == pytest.approx(seen, rel=GUARD_RTOL)
     assert guarded.record.info.status == "FINISHED"
@@ -400,26 +447,41 @@ def test_a_rule_that_the_base_model_breaks_ends_the_run_at_its_first_check(bench
     assert 0 < int(record.data.tags["num_trained_parameters"]) < 5000, "the adapter's alone"
 
 
-def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:
+def test_a_run_is_steered_at_a_step_on_all_workers_and_when_stopped_leaves_none(bench: Bench) -> None:
     """And a run whose encoder is too short for its prompts says that."""
-    workers, seen = set(), threading.Event()
+    in_step_4 = threading.Event()
+    base, steered = {"3D", "Flat"}, {"Oil", "Photo"}
+    first_of_step = {step: REQUESTS_BASE + 1 + after for step, after in {1: 0, 2: 8 + 1, 4: 8 + 1 + 8 + 2 + 8}.items()}
 
-    def on_request(_: int, pid: int) -> None:
-        workers.add(pid)
-        seen.set()
+    def on_request(count: int, _: int) -> None:
+        if count == first_of_step[1]:
+            words = ["--positive", "Oil", "--negative", "Photo"]
+            assert main(["steer", "stopped", *words, "--tracking-uri", bench.tracking_uri]) == 0
+        elif count == first_of_step[2]:
+            bench.set_tag("stopped", TAG, '{"weights": {"nobody": 1}}')
+        elif count == first_of_step[4]:
+            in_step_4.set()
 
+    bench.wiretap.count, bench.wiretap.asked = 0, []
     bench.wiretap.on_request = on_request
     run_file = changed(bench.write_run("stopped"), "model", max_sequence_length=3)
     with bench.start(run_file) as process:
-        assert seen.wait(TIMEOUT_S)
-        running = [psutil.Process(pid) for pid in workers]
+        assert in_step_4.wait(TIMEOUT_S)
+        running = [psutil.Process(pid) for pid in {pid for pid, _ in bench.wiretap.asked}]
         process.terminate()
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    record = bench.find("stopped", output).record
-    assert record.info.status == "KILLED"
-    warning = record.data.tags["warning_long_prompts"]
+    stopped = bench.find("stopped", output)
+    assert stopped.record.info.status == "KILLED"
+    warning = stopped.record.data.tags["warning_long_prompts"]
     assert f"of {len(PROMPTS)} prompts have more than 3 T5 tokens (model.max_sequence_length)" in warning
     assert output.count(f"warning: {warning}") == 1
     _, alive = psutil.wait_procs(running, timeout=30)
     assert not alive
+    expected = [base] * (REQUESTS_BASE + 8) + [steered] * (1 + 8) + [base] * 2 + [steered] * 8  # a check is not steered
+    assert [words for _, words in bench.wiretap.asked[: len(expected)]] == expected
+    step_2 = bench.wiretap.asked[first_of_step[2] - 1 :][:8]
+    assert len({pid for pid, _ in step_2}) == 2
+    assert stopped.history("steering_version")[:3] == [(1, 0), (2, 1), (3, 1)]
+    assert "no reward 'nobody'" in stopped.record.data.tags[ERROR_TAG]
+    assert "steered to version 1: Oil | Photo" in output

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.objective import RunWordsConfig
 from trainer.prompts import (
     batch_indices,
     draw_levels,
+    draw_words,
     evaluation_generator,
     image_generator,
     injection_generator,
@@ -89,6 +91,37 @@ def test_every_injection_has_noise_of_its_own() -> None:
     noises = [numbers(stream(0, step, 0, number)) for stream in streams for step in (0, 1) for number in (0, 1)]
     noises.append(numbers(noise_generator(0, 0, 0)))
     assert len(set(noises)) == len(noises)
+
+
+PAIRS = ({"positive": "3D", "negative": "Flat"}, {"positive": "Real", "negative": "Oil", "weight": 3})
+
+
+def drawn(seed: int = 0, num_steps: int = 300, num_samples: int = 4, **words: object) -> list[list[str]]:
+    """Positive words by step and sample."""
+    config = RunWordsConfig.model_validate(words)
+    return [
+        [draw_words(config, seed, step, index).positive for index in range(num_samples)] for step in range(num_steps)
+    ]
+
+
+def test_one_pair_is_everybodys() -> None:
+    assert drawn(num_steps=2, num_samples=2, positive="3D", negative="Flat") == [["3D", "3D"], ["3D", "3D"]]
+
+
+def test_pairs_take_turns() -> None:
+    pairs = [{**pair, "weight": 1} for pair in PAIRS]
+    assert drawn(num_steps=3, num_samples=2, kind="cycle", pairs=pairs) == [["3D"] * 2, ["Real"] * 2, ["3D"] * 2]
+    by_sample = drawn(num_steps=2, num_samples=3, kind="cycle", pairs=pairs, per="sample")
+    assert by_sample == [["3D", "Real", "3D"], ["Real", "3D", "Real"]]
+
+
+@pytest.mark.parametrize("per", ["step", "sample"])
+def test_a_choice_follows_its_weights_and_the_seed_alone(per: str) -> None:
+    choice = drawn(kind="choice", pairs=PAIRS, per=per)
+    assert choice == drawn(kind="choice", pairs=PAIRS, per=per) != drawn(seed=1, kind="choice", pairs=PAIRS, per=per)
+    share = sum(step.count("Real") for step in choice) / 1200
+    assert share == pytest.approx(0.75, abs=0.08)
+    assert all(len(set(step)) == 1 for step in choice) == (per == "step")
 
 
 def test_impossible_draws_are_refused() -> None:

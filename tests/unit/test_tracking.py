@@ -51,6 +51,9 @@ def test_a_run_keeps_all_that_is_logged(uri: str, tmp_path: Path) -> None:
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"0")
     tracker.log_model_folder(tmp_path / "weights")
     tracker.set_tag("control_words.positive", "3D")
+    tracker.set_tag("mistake", "1")
+    for _ in range(2):
+        tracker.clear_tag("mistake")
     tracker.finish("FINISHED")
 
     client = mlflow.MlflowClient(uri)
@@ -66,7 +69,11 @@ def test_a_run_keeps_all_that_is_logged(uri: str, tmp_path: Path) -> None:
     ]
     assert [each.path for each in client.list_artifacts(tracker.run_id, "config")] == ["config/tiny_srpo.yaml"]
     assert [each.path for each in client.list_artifacts(tracker.run_id, "model")] == ["model/model.safetensors"]
-    assert any(each.path.endswith(".png") for each in client.list_artifacts(tracker.run_id, "images"))
+    assert tracker.tags() == run.data.tags
+    assert "mistake" not in tracker.tags()
+    assert tracker.history("reward") == {1: 0.25, 2: 0.5}
+    (picture,) = tracker.images("samples", tmp_path).items()
+    assert (picture[0], PIL.Image.open(picture[1]).size) == (2, (4, 4))
 
 
 def test_a_resumed_run_is_the_same_run_and_the_latest_of_its_name(uri: str) -> None:
@@ -78,6 +85,10 @@ def test_a_resumed_run_is_the_same_run_and_the_latest_of_its_name(uri: str) -> N
     assert mlflow.MlflowClient(uri).get_run(newer.run_id).info.status == "RUNNING"
     assert len(mlflow.MlflowClient(uri).get_metric_history(newer.run_id, "loss")) == 2
     assert Tracker.latest(uri, "srpo", "twice").run_id == newer.run_id != older.run_id
+    assert Tracker.running(uri, "twice").run_id == newer.run_id
+    assert Tracker.running(uri, older.run_id).run_id == older.run_id
+    newer.finish("FINISHED")
+    assert Tracker.running(uri, "twice").run_id == older.run_id
 
 
 def test_what_does_not_exist_is_named(uri: str, tmp_path: Path) -> None:
