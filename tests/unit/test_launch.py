@@ -112,6 +112,7 @@ def test_latents_of_another_run_are_refused(
 ) -> None:
     write_latents(Path("latents"), flux_folder, {(32, 32): (torch.zeros(1, 4, 64), ["red heart"])})
     Path("other/vae").mkdir(parents=True)
+    Path("other/model_index.json").write_text("{}", encoding="utf-8")
     del run["prompts"]
     run["dataset"] = {"path": "images", "latents_path": "latents"}
     run["model"] |= size
