@@ -4,8 +4,8 @@
     app.add_middleware(AccessLog)   # {"message": "request", "request_id": "…", "route": "/v1/rewards", "status": 200 …}
 
 A line has the id, the route (not the path: that is the caller's text), status, seconds, bytes, the key's fingerprint
-and, where the app has put them into the request's state, `rewards` (names that are served) and `num_images`. Never a
-key, a prompt, an address or a pixel.
+and, where the app has put them into the request's state, `rewards` (names that are served), `num_images` and
+`reject_reason`. Never a key, a prompt, an address or a pixel.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_FROM_STATE = ("request_id", "key_fingerprint", "rewards", "num_images")
+_FROM_STATE = ("request_id", "key_fingerprint", "rewards", "num_images", "reject_reason")
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +82,7 @@ class AccessLog:
 
         try:
             await self._app(scope, counted_receive, counted_send)
-        except Exception:
+        except Exception:  # whatever it is, it goes on to where 500 is answered; a caller who hung up is none
             traffic.status = 500
             raise
         finally:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import FastAPI, Header, Request, Response, Security
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.status import HTTP_413_CONTENT_TOO_LARGE
 
@@ -27,6 +26,7 @@ from reward_server.guard import RateLimit, RequireKey, SlowBodies
 from reward_server.idempotency import StoredAnswers
 from reward_server.limits import Limits
 from reward_server.metrics import Record, ignore, phase
+from reward_server.off_loop import off_loop, off_loop_if_large
 from reward_server.openapi import (
     BINARY_ANSWERS,
     BINARY_BODY,
@@ -53,12 +53,9 @@ from services.contract import (
 
 Score = Callable[[RewardRequest, str], Awaitable[RewardResponse]]  # request, its id; ContractError or Overloaded
 
-# Below, work on bytes takes less than the hand-over to a thread; above, it would make the other callers wait.
-_MAX_INLINE_BYTES = 1 << 20
 _IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=255, pattern="^[!-~]+$", examples=["0b9d2c55-1"])
 ]
-_Result = TypeVar("_Result")
 
 
 class Status(BaseModel):
@@ -147,10 +144,10 @@ class _Api:
 
         async def compute(body: bytes) -> Response:
             with phase(self.record, "decode"):
-                asked = await _off_loop(len(body), RewardRequest.from_bytes, body)
+                asked = await off_loop_if_large(len(body), RewardRequest.from_bytes, body)
             answered = await self._score(request, asked)
             with phase(self.record, "encode"):
-                content = await _off_loop(len(body), answered.to_bytes)
+                content = await off_loop_if_large(len(body), answered.to_bytes)
             return Response(content, media_type=MEDIA_TYPE)
 
         return await self._once(request, idempotency_key, compute)
@@ -162,10 +159,10 @@ class _Api:
             with phase(self.record, "decode"):
                 question = await read_question(request, body, ScoreQuestion, self.limits)
                 reward = choose_reward(self.rewards, question.reward)
-                images = await run_in_threadpool(read_pictures, question.images, self.limits)
+                images = await off_loop(read_pictures, question.images, self.limits)
             answered = await self._score(request, question.request(reward.name, images, question.with_heat_map))
             with phase(self.record, "encode"):
-                answer = await run_in_threadpool(score_answer, answered)
+                answer = await off_loop(score_answer, answered) if question.with_heat_map else score_answer(answered)
                 return JSONResponse(answer.model_dump(exclude_none=True))
 
         return await self._once(request, idempotency_key, compute)
@@ -178,7 +175,7 @@ class _Api:
                 question = await read_question(request, body, RankQuestion, self.limits)
                 reward = choose_reward(self.rewards, question.reward)
                 temperature = _temperature(question, reward)
-                images = await run_in_threadpool(read_pictures, question.images, self.limits)
+                images = await off_loop(read_pictures, question.images, self.limits)
             answered = await self._score(request, question.request(reward.name, images, with_gradient=False))
             return JSONResponse(rank_answer(answered, temperature).model_dump())
 
@@ -201,7 +198,7 @@ class _Api:
         body = await _read_body(request, self.limits.max_body_bytes)
         if key is None:
             return await compute(body)
-        digest = await _off_loop(len(body), _digest, request, body)
+        digest = await off_loop_if_large(len(body), _digest, request, body)
         caller = getattr(request.state, "key_fingerprint", "")
         return await self.answers.once(f"{caller} {key}", digest, lambda: compute(body))
 
@@ -221,17 +218,12 @@ def _digest(request: Request, body: bytes) -> bytes:
     return digest.digest()
 
 
-async def _off_loop(num_bytes: int, function: Callable[..., _Result], *arguments: object) -> _Result:
-    if num_bytes <= _MAX_INLINE_BYTES:
-        return function(*arguments)
-    return await run_in_threadpool(function, *arguments)
-
-
 async def _read_body(request: Request, max_bytes: int) -> bytes:
     """The whole body, never holding more than max_bytes of it: a missing or wrong content-length does not help."""
     body = bytearray()
     async for chunk in request.stream():
         if len(body) + len(chunk) > max_bytes:
+            request.state.reject_reason = "max_body_bytes"
             raise HTTPException(HTTP_413_CONTENT_TOO_LARGE, f"body is larger than {max_bytes} bytes; send fewer images")
         body += chunk
     return bytes(body)

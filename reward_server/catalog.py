@@ -10,6 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from services.contract import ContractError
 
 
+class UnknownReward(ContractError):
+    """A reward that is not served, or none where several are; the text names those served."""
+
+    reason = "unknown_reward"
+
+
 class RewardInfo(BaseModel):
     """One served reward. What only its weights tell is null until it is loaded, for one that is loaded on demand."""
 
@@ -31,10 +37,10 @@ class RewardList(BaseModel):
 
 
 def choose_reward(rewards: Mapping[str, RewardInfo], name: str | None) -> RewardInfo:
-    """The reward of that name, or the only one. Raises ContractError naming those served: none is chosen silently."""
+    """The reward of that name, or the only one. Raises UnknownReward naming those served: none is chosen silently."""
     if name is None and len(rewards) == 1:
         return next(iter(rewards.values()))
     if name is None or name not in rewards:
         problem = "reward must be given" if name is None else f"reward {shown(name)} is not served here"
-        raise ContractError(f"{problem}; served: {', '.join(rewards)}")
+        raise UnknownReward(f"{problem}; served: {', '.join(rewards)}")
     return rewards[name]

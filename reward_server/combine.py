@@ -15,6 +15,12 @@ from numpy.typing import NDArray
 from services.contract import ContractError, Images, RewardRequest, RewardResponse
 
 
+class NotFinite(ContractError):
+    """A reward or gradient that is no number; the text names the image."""
+
+    reason = "not_finite"
+
+
 async def score_all(request: RewardRequest, score_alone: Callable[[str], Awaitable[RewardResponse]]) -> RewardResponse:
     """All the request's rewards at once, each by `score_alone`, combined. Raises what it raises, and as `combine`."""
     responses = await asyncio.gather(*(score_alone(reward.name) for reward in request.rewards))
@@ -26,7 +32,7 @@ async def score_all(request: RewardRequest, score_alone: Callable[[str], Awaitab
 def combine(request: RewardRequest, responses: Sequence[RewardResponse]) -> RewardResponse:
     """The answer to `request`; `responses` are those of its rewards alone, in order, with float32 image gradients.
 
-    Raises ContractError naming an image whose sum is not finite, or whose gradient does not fit gradient_dtype.
+    Raises NotFinite naming an image whose sum is not finite, or whose gradient does not fit gradient_dtype.
     """
     weights = [reward.weight for reward in request.rewards]
     with np.errstate(over="ignore", invalid="ignore"):  # found, and named, below
@@ -73,4 +79,4 @@ def _is_as_scored(weights: Sequence[float], dtype: str) -> bool:
 def _check_finite(what: str, values: Images) -> None:
     for index, of_one_image in enumerate(values):
         if not np.isfinite(of_one_image).all():
-            raise ContractError(f"images[{index}] has no finite {what}")
+            raise NotFinite(f"images[{index}] has no finite {what}")

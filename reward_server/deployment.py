@@ -83,7 +83,9 @@ class RewardService:
     """The HTTP app with the rewards placed beside it; `__serve_build_asgi_app__` is Serve's late-bound hook."""
 
     def __init__(self, args: ServiceArgs, own: Mapping[str, DeploymentHandle]) -> None:
-        log_as_json(sys.stderr)  # a file of Ray's session, beside Serve's own logs
+        # Ray's file for this process. sys.stderr is Serve's here: it would look for the caller of each line in a whole
+        # stack, put the line into one of its own format, and hold back a thousand of them.
+        log_as_json(sys.__stderr__ or sys.stderr)
         self._keys = read_keys(os.environ)
         check_binding(_http_host(), self._keys)
         self._args = args

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from http import HTTPStatus
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -46,7 +47,7 @@ class Envelope:
         async def send_in_envelope(message: Message) -> None:
             if message["type"] == "http.response.start":
                 add_headers(MutableHeaders(scope=message), request_id)
-                count_reject(self._record, message["status"])
+                count_reject(self._record, message["status"], scope["state"])
             await send(message)
 
         await self._app(scope, receive, send_in_envelope)
@@ -58,6 +59,8 @@ def add_headers(headers: MutableHeaders, request_id: str) -> None:
         headers.setdefault(name, value)
 
 
-def count_reject(record: Record, status: int) -> None:
+def count_reject(record: Record, status: int, state: dict[str, Any]) -> None:
+    """By the `reject_reason` that the app left in the request's state, or else by the status."""
     if status >= HTTPStatus.BAD_REQUEST:
-        record(REJECTS, 1, {"reason": HTTPStatus(status).phrase.lower().replace(" ", "_")})
+        reason = state.setdefault("reject_reason", HTTPStatus(status).phrase.lower().replace(" ", "_"))
+        record(REJECTS, 1, {"reason": reason})

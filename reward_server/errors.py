@@ -30,6 +30,8 @@ def handle_errors(app: FastAPI, record: Record) -> None:
     """Raised anywhere below, each becomes its answer."""
 
     async def contract_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ContractError)
+        request.state.reject_reason = error.reason
         return _answer(request, HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
 
     async def header_error(request: Request, error: Exception) -> Response:
@@ -38,6 +40,7 @@ def handle_errors(app: FastAPI, record: Record) -> None:
 
     async def overloaded(request: Request, error: Exception) -> Response:
         assert isinstance(error, Overloaded)
+        request.state.reject_reason = "overloaded"
         return _answer(request, HTTPStatus.SERVICE_UNAVAILABLE, str(error), {"retry-after": str(error.retry_after_s)})
 
     async def http_error(request: Request, error: Exception) -> Response:
@@ -50,7 +53,7 @@ def handle_errors(app: FastAPI, record: Record) -> None:
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         answer = _answer(request, status, "internal error; the service's log names the cause")
         add_headers(answer.headers, request.state.request_id)
-        count_reject(record, status)
+        count_reject(record, status, request.scope["state"])
         return answer
 
     app.add_exception_handler(ContractError, contract_error)

@@ -123,7 +123,9 @@ class TokenBuckets:
 class RateLimit:
     """Answers 429 with Retry-After to a key, or without keys to a client's address, that asks too often.
 
-    Every replica counts for itself: behind n replicas a key gets up to n times the rate.
+    Every replica counts for itself: behind n replicas a key gets up to n times the rate. Without keys only this machine
+    reaches the service, so all share one address, which X-Forwarded-For from loopback can change (uvicorn believes
+    it): the rate then keeps a runaway caller in check, not a malicious one.
     """
 
     def __init__(

@@ -22,6 +22,12 @@ REPLAYED_HEADER = "idempotency-replayed"
 _OVERHEAD_BYTES = 1024  # of an entry besides its answer: a bound in bytes also bounds how many small ones there are
 
 
+class ReusedKey(ContractError):
+    """An Idempotency-Key that came before with another request."""
+
+    reason = "idempotency_key"
+
+
 @dataclass(frozen=True, slots=True)
 class _Stored:
     digest: bytes
@@ -46,7 +52,7 @@ class StoredAnswers:
     async def once(self, key: str, digest: bytes, compute: Callable[[], Awaitable[Response]]) -> Response:
         """The stored answer to `key`, that of a run under way, or a new one.
 
-        digest: of route and body. Raises ContractError where the key came with another; whatever `compute` raises is
+        digest: of route and body. Raises ReusedKey where the key came with another; whatever `compute` raises is
         not stored.
         """
         while (running := self._running.get(key)) is not None:
@@ -85,4 +91,4 @@ class StoredAnswers:
 
 def _check_same(key: str, digest: bytes, known: bytes) -> None:
     if digest != known:
-        raise ContractError(f"{IDEMPOTENCY_KEY_HEADER} {key!r} came before with another request; use a new one")
+        raise ReusedKey(f"{IDEMPOTENCY_KEY_HEADER} {key!r} came before with another request; use a new one")

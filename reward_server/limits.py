@@ -14,7 +14,17 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class LimitExceeded(ContractError):
-    """A request that is well formed but asks for too much; the text names the limit and the number."""
+    """A request that is well formed but asks for too much; the text names the limit and the number.
+
+    Its reason is the limit, a key of Limits.
+    """
+
+    def __init__(self, limit: str, text: str) -> None:
+        super().__init__(limit, text)  # both, so that it survives pickling
+        self.reason, self._text = limit, text
+
+    def __str__(self) -> str:
+        return self._text
 
 
 class Limits(BaseModel):
@@ -39,17 +49,21 @@ class Limits(BaseModel):
     def check_images(self, sizes_px: Sequence[tuple[int, int]]) -> None:
         """(height, width) of every image, before they are decoded. Raises LimitExceeded."""
         if len(sizes_px) > self.max_images:
-            raise LimitExceeded(f"{len(sizes_px)} images; a request may have {self.max_images} (max_images)")
+            error = f"{len(sizes_px)} images; a request may have {self.max_images} (max_images)"
+            raise LimitExceeded("max_images", error)
         for index, (height, width) in enumerate(sizes_px):
             if height * width > self.max_pixels_per_image:
                 allowed = f"{self.max_pixels_per_image} pixels (max_pixels_per_image)"
-                raise LimitExceeded(f"images[{index}] is {width} x {height}; an image may have {allowed}")
+                error = f"images[{index}] is {width} x {height}; an image may have {allowed}"
+                raise LimitExceeded("max_pixels_per_image", error)
             if max(height, width) > self.max_aspect_ratio * min(height, width):
                 allowed = f"{self.max_aspect_ratio:g} times as long as wide (max_aspect_ratio)"
-                raise LimitExceeded(f"images[{index}] is {width} x {height}; an image may be at most {allowed}")
+                error = f"images[{index}] is {width} x {height}; an image may be at most {allowed}"
+                raise LimitExceeded("max_aspect_ratio", error)
         if (total := sum(height * width for height, width in sizes_px)) > self.max_pixels_per_request:
             allowed = f"{self.max_pixels_per_request} (max_pixels_per_request)"
-            raise LimitExceeded(f"{total} pixels in all images; a request may have {allowed}")
+            error = f"{total} pixels in all images; a request may have {allowed}"
+            raise LimitExceeded("max_pixels_per_request", error)
 
     def check(self, request: RewardRequest) -> None:
         """Raises LimitExceeded."""
@@ -58,4 +72,5 @@ class Limits(BaseModel):
             for field in ("prompt", "positive", "negative"):
                 if (num_chars := len(getattr(pair, field) or "")) > self.max_text_chars:  # a word may be None
                     allowed = f"{self.max_text_chars} (max_text_chars)"
-                    raise LimitExceeded(f"pairs[{index}].{field} has {num_chars} characters; a text may have {allowed}")
+                    error = f"pairs[{index}].{field} has {num_chars} characters; a text may have {allowed}"
+                    raise LimitExceeded("max_text_chars", error)

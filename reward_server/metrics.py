@@ -4,7 +4,7 @@ Whoever serves hands in a `Record` (deployment.py: Ray's Prometheus export); app
 
     with phase(record, "decode"):
         request = RewardRequest.from_bytes(body)
-    record(REJECTS, 1, {"reason": "too_large"})
+    record(REJECTS, 1, {"reason": "max_images"})
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PHASE_SECONDS = Metric(
 )
 TEXT_CACHE_HITS = Metric("srpo_reward_text_cache_hits", "counter", "texts whose embedding was at hand", ("reward",))
 TEXT_CACHE_MISSES = Metric("srpo_reward_text_cache_misses", "counter", "texts that had to be embedded", ("reward",))
-REJECTS = Metric("srpo_reward_rejects", "counter", "requests answered with an error", ("reason",))
+REJECTS = Metric("srpo_reward_rejects", "counter", "requests answered with an error, by what was wrong", ("reason",))
 QUEUED_IMAGES = Metric("srpo_reward_queued_images", "gauge", "images that wait for the model")
 METRICS = (IMAGES, BATCH_IMAGES, PHASE_SECONDS, TEXT_CACHE_HITS, TEXT_CACHE_MISSES, REJECTS, QUEUED_IMAGES)
 

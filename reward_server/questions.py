@@ -11,13 +11,13 @@ import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.status import HTTP_415_UNSUPPORTED_MEDIA_TYPE
 from starlette.types import Message
 
 from reward_server.errors import validation_text
 from reward_server.limits import Limits
+from reward_server.off_loop import off_loop_if_large
 from services.contract import ContractError, PromptPair, RewardRequest, WeightedReward
 from services.pictures import open_picture, read_pixels
 
@@ -76,8 +76,8 @@ Asked = TypeVar("Asked", ScoreQuestion, RankQuestion)
 async def read_question(request: Request, body: bytes, kind: type[Asked], limits: Limits) -> Asked:
     """Raises ContractError naming the field, or HTTPException 415 for another content type, 400 for a broken form."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type == JSON_TYPE:
-        return _validate(kind, await run_in_threadpool(_read_json, body), is_strict=True)
+    if media_type == JSON_TYPE:  # whose bytes take four times as long as those of a binary message
+        return _validate(kind, await off_loop_if_large(4 * len(body), _read_json, body), is_strict=True)
     if media_type == FORM_TYPE:
         return _validate(kind, await _read_form(request, body, limits.max_images), is_strict=False)
     error = f"content-type must be {JSON_TYPE} or {FORM_TYPE}, not {shown(media_type)}"

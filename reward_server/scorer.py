@@ -20,8 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from reward_server.catalog import UnknownReward
+from reward_server.combine import NotFinite
 from reward_server.metrics import BATCH_IMAGES, IMAGES, Record, ignore, phase
 from reward_server.models import AnyArgs
+from reward_server.models.preprocess import as_float
 from reward_server.served import Prepared, ServedReward
 from reward_server.srp import value, value_for_gradient
 from services.contract import ContractError, Images, RewardRequest, RewardResponse
@@ -90,10 +93,12 @@ class Scorer:
     def score(self, jobs: Sequence[Job]) -> list[Answer]:
         """One answer per job, in order; weights are not applied, image gradients are float32.
 
-        Images of one size under one reward share forwards, whoever sent them and in whatever dtype.
+        Images of one size under one reward share forwards, whoever sent them and, where a gradient is asked for, in
+        whatever dtype. Without one, bytes stay bytes, for they are resized sooner (models/preprocess.py); mixed with
+        floats they would have to become floats, and a score would depend on who else asks.
         """
         outcomes: list[list[_Outcome] | ContractError] = [[] for _ in jobs]
-        for (name, with_gradient, _), group in self._groups(jobs, outcomes).items():
+        for (name, with_gradient, *_), group in self._groups(jobs, outcomes).items():
             scored = self._score_group(self.rewards[name], with_gradient, group)
             for part, outcome in zip(group, scored, strict=True):
                 known = outcomes[part.job]
@@ -108,7 +113,7 @@ class Scorer:
 
     def _groups(
         self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | ContractError]
-    ) -> dict[tuple[str, bool, tuple[int, ...]], list[_Part]]:
+    ) -> dict[tuple[str, bool, bool, tuple[int, ...]], list[_Part]]:
         """The parts that may share a forward; a job that cannot be scored at all gets its error as its outcome."""
         groups = defaultdict(list)
         for index, job in enumerate(jobs):
@@ -118,12 +123,14 @@ class Scorer:
                 outcomes[index] = error
                 continue
             for part in _parts(index, job.request, prepared):
-                groups[job.reward, job.request.with_gradient, part.images.shape[1:]].append(part)
+                with_gradient = job.request.with_gradient
+                stay_bytes = part.images.dtype == np.uint8 and not with_gradient
+                groups[job.reward, with_gradient, stay_bytes, part.images.shape[1:]].append(part)
         return groups
 
     def _reward(self, name: str) -> ServedReward:
         if name not in self.rewards:
-            raise ContractError(f"reward {name!r} is not served here; served: {', '.join(self.rewards)}")
+            raise UnknownReward(f"reward {name!r} is not served here; served: {', '.join(self.rewards)}")
         return self.rewards[name]
 
     def _score_group(
@@ -148,7 +155,7 @@ class Scorer:
 
         They are on the CPU; getting them there waits for the device, so that the times are those of the work.
         """
-        images = _as_float([part.images for part in chunk], reward.device)
+        images = _joined([part.images for part in chunk], reward.device, stay_bytes=not with_gradient)
         similarities = reward.similarities([each for part in chunk for each in part.prepared])
         scales = torch.tensor([k for part in chunk for k in part.preference_scales], device=reward.device)
         with phase(self._record, "forward"):
@@ -170,7 +177,7 @@ class Scorer:
         for outcome in outcomes:
             if (index := _first_not_finite(outcome)) is not None:
                 pair = job.request.pairs[outcome.first + index]
-                return ContractError(
+                return NotFinite(
                     f"images[{outcome.first + index}] has no finite {job.reward} reward or gradient under {pair}"
                 )
         return RewardResponse(
@@ -210,17 +217,21 @@ def _chunks(group: list[_Part], max_images: int) -> Iterator[list[_Part]]:
         yield chunk
 
 
-def _as_float(stacks: Sequence[NDArray[Any]], device: torch.device) -> Tensor:
-    """float32 in [0, 1] on the device, of all stacks; joined as they are, since bytes are the least to copy."""
-    by_dtype = [list(group) for _, group in groupby(stacks, key=lambda stack: stack.dtype)]
-    return _cat([_one_dtype_as_float(group, device) for group in by_dtype])
+def _joined(stacks: Sequence[NDArray[Any]], device: torch.device, stay_bytes: bool) -> Tensor:
+    """float32 in [0, 1] on the device, of all stacks, or bytes on the CPU where they may stay that and all are.
+
+    Joined as they are, since bytes are the least to copy.
+    """
+    by_dtype = [_one_dtype(list(group)) for _, group in groupby(stacks, key=lambda stack: stack.dtype)]
+    if stay_bytes and by_dtype[0].dtype == torch.uint8:
+        return by_dtype[0]  # the only one: bytes and floats were grouped apart
+    return _cat([as_float(tensor.to(device)).to(torch.float32) for tensor in by_dtype])
 
 
-def _one_dtype_as_float(stacks: list[NDArray[Any]], device: torch.device) -> Tensor:
+def _one_dtype(stacks: list[NDArray[Any]]) -> Tensor:
     joined = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
     owned = joined if joined.flags.writeable else joined.copy()  # torch shares memory only with what may be written
-    tensor = torch.from_numpy(owned).to(device)
-    return tensor.to(torch.float32).div_(255) if tensor.dtype == torch.uint8 else tensor.to(torch.float32)
+    return torch.from_numpy(owned)
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

@@ -51,7 +51,12 @@ _Part = TypeVar("_Part", "PromptPair", "WeightedReward")
 
 
 class ContractError(ValueError):
-    """A message that breaks the contract; the text names the field and the offending value."""
+    """A message that breaks the contract; the text names the field and the offending value.
+
+    `reason`: the kind of mistake as a word, for counters.
+    """
+
+    reason = "message"
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Typ
 class PictureError(ContractError):
     """Bytes that are no picture, not a whole one, or not one that is read here; the text names which and why."""
 
+    reason = "picture"
+
 
 def open_picture(data: bytes, name: str) -> Image.Image:
     """Read the header. Raises PictureError; whether the size is allowed is the caller's to decide."""
@@ -59,7 +61,7 @@ def open_picture(data: bytes, name: str) -> Image.Image:
 
 
 def read_pixels(picture: Image.Image, name: str) -> NDArray[np.uint8]:
-    """(3, height_px, width_px): upright as EXIF says, transparency laid on white. Raises PictureError for damage."""
+    """(3, height_px, width_px) uint8, upright as EXIF says, transparency laid on white. PictureError for damage."""
     try:
         picture.load()  # an incomplete file is an error, not a grey area
         orientation = picture.getexif().get(_EXIF_ORIENTATION)
@@ -67,7 +69,7 @@ def read_pixels(picture: Image.Image, name: str) -> NDArray[np.uint8]:
     except _DAMAGE as error:
         raise PictureError(f"{name} is damaged or incomplete ({type(error).__name__})") from error
     upright = flat.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else flat
-    return np.ascontiguousarray(np.asarray(upright).transpose(2, 0, 1))
+    return np.array(upright).transpose(2, 0, 1)
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:

@@ -1,7 +1,8 @@
 """`make bench-reward`: the service against Flask and against the bare model, in interleaved rounds, under 15 minutes.
 
-    python -m deploy.bench_reward            writes deploy/runs/results/reward.json and prints a table
+    python -m deploy.bench_reward            writes deploy/runs/results/reward.json and the table in README.md
     python -m deploy.bench_reward --quick    one short round of everything, writes nothing: does it work?
+    python -m deploy.bench_reward --memory   only what 10,000 requests leave in memory, process by process
 
 On a quiet machine: all sides share its cores, the callers too. The exit code is 0 also where a goal is missed; the
 table says so.
@@ -26,11 +27,13 @@ from typing import Any
 from deploy.bench_reward import report
 from deploy.bench_reward.bare import bare_model
 from deploy.bench_reward.load import BenchError
-from deploy.bench_reward.measure import Bench, Comparison, memory_growth
+from deploy.bench_reward.measure import Bench, Comparison
+from deploy.bench_reward.memory import Growth, memory_growth
 from deploy.bench_reward.models import embedded, large
 from deploy.bench_reward.servers import NUM_PROCESSES, baseline, service
 from deploy.settings import ROOT, LocalError
 
+README = ROOT / "README.md"
 RESULT = ROOT / "deploy" / "runs" / "results" / "reward.json"
 CALLERS = (1, 8, 32)
 _ROUNDS = 5, 1  # the second: quick
@@ -81,15 +84,14 @@ def bench_reward(folder: Path, is_quick: bool) -> dict[str, Any]:
         benches = [Bench(model, serve, flask, bare) for model, bare in zip(models, bares, strict=True)]
         measured = in_rounds(benches, _ROUNDS[is_quick])
         growth = memory_growth(serve, models[0], _WARM_UP[is_quick], _REQUESTS[is_quick])
-        say(f"memory of the replicas: {growth.before_bytes / 2**20:.0f} MiB, then {growth.after_bytes / 2**20:.0f} MiB")
-    goals = [goal for each in measured for goal in each.goals()] + [report.growth_goal(growth)]
+    goals = [goal for each in measured for goal in each.goals()] + report.growth_goals(growth)
     return {
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load_before": round(load, 2)},
         "versions": {name: version(name) for name in ("torch", "ray", "gunicorn", "transformers")},
         "processes": NUM_PROCESSES,
         "against_flask": [report.as_json(comparison) for each in measured for comparison in each.against_baseline],
         "against_bare_model": [report.as_json(comparison) for each in measured for comparison in each.against_bare],
-        "memory": asdict(growth),
+        "memory_bytes": asdict(growth),
         "goals": [asdict(goal) | {"is_reached": goal.is_reached, "line": goal.line()} for goal in goals],
         "table": report.table(
             [comparison for each in measured for comparison in each.against_baseline],
@@ -111,9 +113,17 @@ def in_rounds(benches: Sequence[Bench], num_rounds: int) -> list[Measured]:
     return measured
 
 
+def bench_memory(folder: Path, is_quick: bool) -> Growth:
+    """Raises BenchError, LocalError."""
+    model = embedded(is_quick)
+    with service(folder, {model.name: model.folder}) as serve:
+        return memory_growth(serve, model, _WARM_UP[is_quick], _REQUESTS[is_quick])
+
+
 def warm_up(bench: Bench) -> None:
     """Everything is loaded, allocated and cached when the clock starts."""
     nowhere = Comparison(f"warm-up of {bench.model.name}")
+    bench.fill_text_caches()
     say(bench.single(8, nowhere))
     for with_gradient in (False, True):
         bench.batches(with_gradient, nowhere)
@@ -136,9 +146,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 with what failed on stderr."""
     parser = argparse.ArgumentParser("deploy.bench_reward", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short round, nothing is written")
+    parser.add_argument("--memory", action="store_true", help="only the memory, nothing is written")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="srpo-bench-") as folder:
         try:
+            if args.memory:
+                growth = bench_memory(Path(folder), args.quick)
+                print("\n".join(["", growth.table(), "", *(goal.line() for goal in report.growth_goals(growth))]))
+                return 0
             result = bench_reward(Path(folder), args.quick)
         except (BenchError, LocalError, TimeoutError) as error:
             print(f"make bench-reward: {error}", file=sys.stderr)
@@ -146,9 +161,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n" + result["table"] + "\n")
     print("\n".join(goal["line"] for goal in result["goals"]))
     if not args.quick:
-        RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"written to {RESULT}")
+        write(result)
     return 0
+
+
+def write(result: dict[str, Any]) -> None:
+    """To the JSON file, and the table to the README."""
+    RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    machine = result["machine"]
+    how = (
+        f"Medians of {_ROUNDS[False]} rounds in which the sides took turns, in brackets the lowest and highest ratio; "
+        f"{machine['cpus']} CPU cores shared with the callers, load average {machine['load_before']} before. "
+        "p99 and CPU: the service, then Flask."
+    )
+    report.write_between_markers(README, f"{how}\n\n{result['table']}")
+    print(f"written to {RESULT} and {README}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from services.contract import PromptPair
 
 BATCH, BATCH_CALLERS = 8, 4
 _PAIR_CALLERS = 8
+_CACHE_PASSES = 4  # of two replicas, each misses one text in sixteen after that
 _TOLERANCE = 0.02  # of a reward: the two resize a picture a little differently
 
 
@@ -75,6 +76,11 @@ class Bench:
             theirs = (1 + PREFERENCE_SCALE) * positive - negative
             if abs(ours - theirs) > _TOLERANCE:
                 raise BenchError(f"{self.model.name}: the service answers {ours}, the baseline {theirs}")
+
+    def fill_text_caches(self) -> None:
+        """Every replica has its own and sees only its share of the requests: all texts, several times."""
+        asked = zip(itertools.cycle(self.pictures), self.pairs * _CACHE_PASSES, strict=False)
+        drive(self.service.url, [to_service(self.model.name, *each) for each in asked], _PAIR_CALLERS)
 
     def single(self, num_callers: int, into: Comparison) -> str:
         """One picture under one pair, one forward."""
@@ -134,33 +140,3 @@ class Bench:
 def _line(comparison: Comparison) -> str:
     ours, theirs = comparison.ours.per_s[-1], comparison.theirs.per_s[-1]
     return f"{comparison.what}: {ours:.1f}/s against {theirs:.1f}/s ({ours / theirs:.2f} x)"
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """What the replicas hold before and after so many requests."""
-
-    num_requests: int
-    before_bytes: int
-    after_bytes: int
-
-    @property
-    def share(self) -> float:
-        return self.after_bytes / self.before_bytes - 1
-
-
-def memory_growth(service: Server, model: Served, num_warm_up: int, num_requests: int) -> Growth:
-    """Of single images at 8 callers, every fourth with unseen texts; these fill the text cache during the warm-up."""
-    pictures, lines = jpegs(), model.num_prompt_lines
-    known, unseen = itertools.cycle(pairs(lines)), unseen_pairs(lines)
-
-    def questions(num: int) -> Iterator[Question]:
-        for number, picture in zip(range(num), itertools.cycle(pictures), strict=False):
-            yield to_service(model.name, picture, next(known if number % 4 else unseen))
-
-    drive(service.url, list(questions(num_warm_up)), _PAIR_CALLERS)
-    before = service.replica_memory_bytes()
-    chunk = 500  # bodies made ahead, in our memory
-    for done in range(0, num_requests, chunk):
-        drive(service.url, list(questions(min(chunk, num_requests - done))), _PAIR_CALLERS)
-    return Growth(num_requests, before, service.replica_memory_bytes())

@@ -5,9 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from deploy.bench_reward.measure import Comparison, Growth, Side
+from deploy.bench_reward.measure import Comparison, Side
+from deploy.bench_reward.memory import Growth
+
+_BEGIN, _END = "<!-- bench-reward: written by make bench-reward -->", "<!-- bench-reward: end -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +32,14 @@ class Goal:
         return f"{'reached' if self.is_reached else 'MISSED '}  {self.what}: {self.value:.3g} ({sign} {self.bound:.3g})"
 
 
+def speed_ratios(comparison: Comparison) -> list[float]:
+    """Ours over theirs, of each round: what else the machine did fell on both."""
+    return [ours / theirs for ours, theirs in zip(comparison.ours.per_s, comparison.theirs.per_s, strict=True)]
+
+
 def speed_ratio(comparison: Comparison) -> float:
-    """Ours over theirs: the median of the rounds' own ratios."""
-    ratios = [ours / theirs for ours, theirs in zip(comparison.ours.per_s, comparison.theirs.per_s, strict=True)]
-    return statistics.median(ratios)
+    """The median over the rounds."""
+    return statistics.median(speed_ratios(comparison))
 
 
 def cpu_ratio(comparison: Comparison) -> float:
@@ -53,7 +61,7 @@ def single_goals(comparison: Comparison, num_callers: int) -> list[Goal]:
 
 
 def table(against_baseline: Sequence[Comparison], against_bare: Sequence[Comparison]) -> str:
-    """Medians over the rounds."""
+    """Medians over the rounds; of the ratio the lowest and the highest as well, which is the noise."""
     lines = [
         "| one picture a request | service, images/s | Flask, images/s | ratio | p99, ms | CPU, ms an image |",
         "|---|---|---|---|---|---|",
@@ -61,7 +69,8 @@ def table(against_baseline: Sequence[Comparison], against_bare: Sequence[Compari
     for each in against_baseline:
         ours, theirs = each.ours, each.theirs
         p99 = f"{1000 * p99_s(ours):.0f} / {1000 * p99_s(theirs):.0f}"
-        cpu = f"{1000 * statistics.median(ours.cpu_s):.0f} / {1000 * statistics.median(theirs.cpu_s):.0f}"
+        both = f"{1000 * statistics.median(ours.cpu_s):.1f} / {1000 * statistics.median(theirs.cpu_s):.1f}"
+        cpu = f"{both} ({cpu_ratio(each):.2f})"
         lines.append(f"| {each.what} | {_rates(each)} | {p99} | {cpu} |")
     lines += [
         "",
@@ -74,7 +83,8 @@ def table(against_baseline: Sequence[Comparison], against_bare: Sequence[Compari
 
 def _rates(comparison: Comparison) -> str:
     ours, theirs = statistics.median(comparison.ours.per_s), statistics.median(comparison.theirs.per_s)
-    return f"{ours:.1f} | {theirs:.1f} | {speed_ratio(comparison):.2f}"
+    ratios = speed_ratios(comparison)
+    return f"{ours:.1f} | {theirs:.1f} | {speed_ratio(comparison):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -90,5 +100,18 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def growth_goal(growth: Growth) -> Goal:
-    return Goal(f"memory growth over {growth.num_requests} requests", growth.share, 0.02, False)
+def growth_goals(growth: Growth) -> list[Goal]:
+    what = f"memory growth over {growth.num_requests} requests"
+    return [
+        Goal(f"{what}, replicas", growth.share("ServeReplica"), 0.02, False),
+        Goal(f"{what}, all processes", growth.share(), 0.02, False),
+    ]
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replace what stands between the two marker lines of a Markdown file. Raises ValueError where they are missing."""
+    before, marker, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (marker and end):
+        raise ValueError(f"{path} lacks the lines {_BEGIN} and {_END}")
+    path.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}", encoding="utf-8")

@@ -23,6 +23,14 @@ _POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Of one process, in bytes: resident, of which much is shared with others, and its own alone."""
+
+    resident: int
+    private: int
+
+
+@dataclass(frozen=True, slots=True)
 class Server:
     """Where it listens, and the processes whose time and memory it takes."""
 
@@ -33,10 +41,21 @@ class Server:
         """Spent so far by all its processes."""
         return sum(_cpu_seconds(member) for member in self.process.members())
 
-    def replica_memory_bytes(self) -> int:
-        """What the replicas alone hold (USS)."""
-        replicas = [each for each in self.process.members() if "ServeReplica" in " ".join(each.cmdline())]
-        return sum(int(replica.memory_full_info().uss) for replica in replicas)
+    def memory(self) -> dict[str, Memory]:
+        """Of each process, by "name pid"."""
+        return {f"{_name(each)} {each.pid}": _memory(each) for each in self.process.members()}
+
+
+def _memory(process: psutil.Process) -> Memory:
+    memory = process.memory_full_info()
+    return Memory(int(memory.rss), int(memory.uss))
+
+
+def _name(process: psutil.Process) -> str:
+    """ray::ServeReplica:…, a program, or the module or script that a Python runs."""
+    words = [word for word in process.cmdline() if not word.startswith("-")]
+    is_python = len(words) > 1 and Path(words[0]).name.startswith("python")
+    return Path(words[is_python].split()[0]).name
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

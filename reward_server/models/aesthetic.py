@@ -51,7 +51,7 @@ class AestheticReward:
         self._preprocess = ResizeAndCrop.of_processor(SiglipImageProcessor.from_pretrained(folder))
 
     def score_image(self, images: Tensor) -> Tensor:
-        pixels = self._preprocess(images.to(self._device))
+        pixels = self._preprocess(images).to(self._device)
         embeds = self._backbone(pixel_values=pixels).pooler_output
         scores: Tensor = self._head(normalize(embeds, dim=-1)).squeeze(dim=-1)
         return scores

@@ -52,10 +52,10 @@ class ClipReward:
 
     def embed_image(self, images: Tensor) -> Tensor:
         crop_px = self._preprocess.height_px, self._preprocess.width_px
-        return embed_views(images.to(self._device), self._preprocess, self._encode, self._crops, crop_px)
+        return embed_views(images, self._preprocess, self._encode, self._crops, crop_px)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        embeds: Tensor = self._model.get_image_features(pixel_values=pixels).pooler_output
+        embeds: Tensor = self._model.get_image_features(pixel_values=pixels.to(self._device)).pooler_output
         return embeds
 
     @torch.no_grad()

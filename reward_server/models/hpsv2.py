@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import normalize as standardize
 
-from reward_server.models.preprocess import fit_and_pad
+from reward_server.models.preprocess import as_float, fit_and_pad
 from reward_server.models.protocol import check_length
 from reward_server.models.views import Crops, embed_views
 from reward_server.models.weights import (
@@ -58,7 +58,7 @@ class Hpsv2Reward:
         return embed_views(images.to(self._device), self._preprocess, self._model.encode_image, self._crops, crop_px)
 
     def _preprocess(self, images: Tensor) -> Tensor:
-        return standardize(fit_and_pad(images, self._size_px), self._mean, self._std)
+        return standardize(fit_and_pad(as_float(images), self._size_px), self._mean, self._std)
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:

@@ -71,6 +71,6 @@ class ImageRewardReward:
         # padded to the full length, as the package does it
         padded = {"padding": "max_length", "max_length": self.max_text_tokens, "return_tensors": "pt"}
         tokens = self._tokenizer(list(texts), **padded).to(self._device)
-        pixels = self._preprocess(images.to(self._device))
+        pixels = self._preprocess(images).to(self._device)
         scores: Tensor = self._model.score_gard(tokens.input_ids, tokens.attention_mask, pixels)
         return scores.squeeze(dim=-1)

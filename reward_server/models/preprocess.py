@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.transforms.functional import normalize
@@ -16,8 +17,13 @@ _SIDES = ("height", "width")
 _RESAMPLE_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as written in preprocessor_config.json
 
 
+def as_float(images: Tensor) -> Tensor:
+    """Bytes as float32, where 255 means 1; floats as they are."""
+    return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images
+
+
 def resize(images: Tensor, height_px: int, width_px: int, mode: str = "bicubic") -> Tensor:
-    """What torchvision's Resize does to float images, antialiasing included; the identity where the size fits."""
+    """What torchvision's Resize does to floats and bytes, antialiasing included; the identity where the size fits."""
     if images.shape[-2:] == (height_px, width_px):
         return images
     return interpolate(images, size=(height_px, width_px), mode=mode, antialias=True)
@@ -74,10 +80,13 @@ class ResizeAndCrop:
         return cls(size, crop, processor.image_mean, processor.image_std, mode=mode, round_start=math.floor)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(batch, 3, height, width) in [0, 1] -> (batch, 3, height_px, width_px), normalised."""
+        """(batch, 3, height, width) in [0, 1], or bytes on the CPU -> (batch, 3, height_px, width_px), normalised.
+
+        Bytes are resized as bytes, as the published code does it: a tenth of the time of floats, and no gradient.
+        """
         height, width = self._resized_px(*images.shape[-2:])
-        # The published code resizes bytes, which cannot overshoot as a bicubic kernel does.
-        images = resize(images, height, width, self._mode).clamp(0, 1)
+        # Bytes cannot overshoot as a bicubic kernel does, so floats may not.
+        images = as_float(resize(images, height, width, self._mode)).clamp(0, 1)
         top, left = self._round_start((height - self.height_px) / 2), self._round_start((width - self.width_px) / 2)
         images = images[..., top : top + self.height_px, left : left + self.width_px]
         return normalize(images, self._mean, self._std)

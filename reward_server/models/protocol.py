@@ -9,7 +9,9 @@
 
 Images are (batch, 3, height, width) in [0, 1], of any size (one size within a batch), on any device; the model does
 its own preprocessing as differentiable tensor operations and treats the images of a batch independently. What comes
-back is on the model's device, float32, and differentiable with respect to the images unless it says otherwise.
+back is on the model's device, float32, and differentiable with respect to the images unless it says otherwise. Where
+no gradient is wanted, images may also be bytes (uint8, 255 means 1) on the CPU: a model whose published preprocessing
+resizes bytes then does the same, and its score is the published one without a rounding between.
 """
 
 from __future__ import annotations
@@ -61,9 +63,15 @@ class Joint(Protocol):
 RewardModel = TwoTower | ImageOnly | Joint
 
 
+class TextTooLong(ContractError):
+    """A text of more tokens than the reward reads."""
+
+    reason = "text_too_long"
+
+
 def check_length(text: str, num_tokens: int, max_tokens: int) -> None:
-    """Raise ContractError where the text does not fit: published code cuts such a text and says nothing."""
+    """Raise TextTooLong where the text does not fit: published code cuts such a text and says nothing."""
     if num_tokens > max_tokens:
-        raise ContractError(
+        raise TextTooLong(
             f"text of {num_tokens} tokens, but this reward reads at most {max_tokens}; shorten it: {text!r}"
         )

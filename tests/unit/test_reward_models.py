@@ -102,16 +102,25 @@ def test_hpsv2_equals_the_packages_own_score_at_full_size(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("kind", [CLIPImageProcessor, SiglipImageProcessor])
-def test_pixels_of_bytes_equal_the_published_processors_up_to_rounding(kind: type, height: int, width: int) -> None:
+def test_pixels_equal_the_published_processors(kind: type, height: int, width: int) -> None:
+    """Exactly for bytes; for floats up to its rounding, and but for overshoot, which bytes clip in each pass."""
     if kind is CLIPImageProcessor:
         processor = kind(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     else:
         processor = kind(size={"height": 28, "width": 28})
-    picture = photo(height, width, contrast=0.6)  # the published one resizes bytes: it clips overshoot in each pass
+    picture = photo(height, width, contrast=0.6)
     published = processor(picture, return_tensors="pt").pixel_values
-    ours = ResizeAndCrop.of_processor(processor)(tensor_of(picture))
+    preprocess = ResizeAndCrop.of_processor(processor)
     rounding = 1.5 / 255 / min(processor.image_std)
-    torch.testing.assert_close(ours, published, rtol=0, atol=rounding)
+    torch.testing.assert_close(preprocess(tensor_of(picture)), published, rtol=0, atol=rounding)
+    in_bytes = torch.from_numpy(np.array(picture)[None]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(preprocess(in_bytes), published, rtol=0, atol=1e-6)
+    torch.testing.assert_close(preprocess(in_bytes.contiguous()), published, rtol=0, atol=1e-6)
+
+
+def test_bytes_are_what_their_255th_part_is_to_a_model_that_resizes_floats(hpsv2: Hpsv2Reward) -> None:
+    in_bytes = (tensor_of(photo(40, 90)) * 255).round().to(torch.uint8)
+    torch.testing.assert_close(hpsv2.embed_image(in_bytes), hpsv2.embed_image(in_bytes / 255), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)

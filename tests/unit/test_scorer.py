@@ -123,6 +123,18 @@ def test_callers_share_a_forward_whatever_their_dtype(clip: ClipArgs) -> None:
     assert (TEXT_CACHE_HITS.name, 4, labels) in seen  # the second caller's
 
 
+def test_bytes_without_a_gradient_do_not_depend_on_who_else_asks(scorer: Scorer) -> None:
+    """They are resized as bytes: beside floats too, and alike under every layout in memory."""
+    floats = make_request(2, size_px=72, with_gradient=False)
+    pixels = (np.asarray(floats.images) * 255).round().astype(np.uint8)
+    as_bytes = replace(floats, images=pixels)
+    by_row = replace(floats, images=np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2))
+    together = [answered(each) for each in scorer.score([job(each) for each in (floats, as_bytes, by_row)])]
+    for request, answer in zip((floats, as_bytes, as_bytes), together, strict=True):
+        assert_same(answer, score_alone(scorer, request))
+    np.testing.assert_allclose(together[0].rewards, together[1].rewards, atol=0.01)  # but for rounding
+
+
 def test_one_callers_mistake_is_not_the_others(scorer: Scorer) -> None:
     good = make_request(2)
     wordy = replace(good, pairs=(good.pairs[0], PromptPair("word " * 50, "3D", "Flat")))
