@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from services.method import DirectAlignMethod, MethodConfig, check_method
 from services.objective import (
     ControlWordsConfig,
     Frozen,
@@ -190,6 +191,7 @@ class RunConfig(Frozen):
     prompts: PromptsConfig
     control_words: ControlWordsConfig
     rollout: RolloutConfig = RolloutConfig()
+    method: MethodConfig = DirectAlignMethod()
     objective: ObjectiveConfig = ObjectiveConfig()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
     reward_service: RewardServiceConfig = RewardServiceConfig()
@@ -200,6 +202,11 @@ class RunConfig(Frozen):
     guard: GuardConfig | None = None
     comparison: ComparisonConfig = ComparisonConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> RunConfig:
+        check_method(self.method, self.objective, self.rollout.num_steps)
+        return self
 
     @model_validator(mode="after")
     def _rewards_fit_together(self) -> RunConfig:

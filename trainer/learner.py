@@ -11,14 +11,18 @@ What a sample gets follows from (seed, step, sample index) alone, so that a step
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from services.config import RunConfig
 from services.contract import PromptPair
+from services.method import DirectAlignMethod, DraftLvMethod, GrpoMethod
 from trainer.direct_align import BranchOutcome, branch_loss
 from trainer.engine import Engine
 from trainer.flow import Branch, branches
@@ -37,13 +41,19 @@ from trainer.reward_loss import Score
 from trainer.rollout import Injection, Rollout, Sampling, roll_out
 
 Encode = Callable[[Sequence[str]], Conditioning]
+Material = TypeVar("Material")  # what a rollout gives one backward or several
 
 
 def num_backwards(config: RunConfig) -> int:
     """How often a worker runs backward between two updates of the policy."""
-    objective = config.objective
-    num_injections = 1 if objective.update_per_injection else objective.num_injections
-    return len(objective.branches) * num_injections * config.engine.num_micro_batches
+    method, objective, each = config.method, config.objective, 1
+    if isinstance(method, DirectAlignMethod):
+        each = len(objective.branches) * (1 if objective.update_per_injection else objective.num_injections)
+    elif isinstance(method, DraftLvMethod):
+        each = method.num_renoisings
+    elif isinstance(method, GrpoMethod):
+        each = method.num_trained_steps // method.num_updates
+    return each * config.engine.num_micro_batches
 
 
 def worker_samples(
@@ -54,7 +64,7 @@ def worker_samples(
     return [(index, prompts[order[index]]) for index in shard(config.engine.global_batch, rank, num_workers)]
 
 
-class Learner:
+class StepLearner(ABC, Generic[Material]):
     """The verbs of a step, called on all workers in the same order; `numbers` gathers what they have to tell."""
 
     def __init__(self, config: RunConfig, engine: Engine, flux: FluxModel, score: Score, encode: Encode) -> None:
@@ -67,19 +77,57 @@ class Learner:
         truncate = config.objective.truncate_timestep
         self._sampling = Sampling(rollout.num_steps, rollout.guidance_scale, self._shift, *self._size, truncate)
 
-    def roll_out(self, step: int) -> list[list[Injection]]:
-        """Roll out the worker's prompts, a micro-batch at a time. Returns the step's injections, grouped by update."""
+    def roll_out(self, step: int) -> list[list[Material]]:
+        """Roll out the worker's prompts, a micro-batch at a time. Returns what to learn from, grouped by update."""
         engine = self._config.engine
         samples = worker_samples(self._config, self._prompts, step, dist.get_rank(), dist.get_world_size())
         by_rollout = []
         for start in range(0, len(samples), engine.micro_batch):
             indices, prompts = zip(*samples[start : start + engine.micro_batch], strict=True)
-            with self.numbers.timed("rollout"):
-                rollout = self._rollout(step, indices, prompts)
-            by_rollout.append(self._injections(step, indices, rollout))
-        if self._config.objective.update_per_injection:
-            return [list(group) for group in zip(*by_rollout, strict=True)]
-        return [list(chain.from_iterable(by_rollout))]
+            by_rollout.append(self._prepare(step, indices, prompts))
+        return [list(chain.from_iterable(groups)) for groups in zip(*by_rollout, strict=True)]
+
+    @abstractmethod
+    def learn(self, material: Material) -> None:
+        """Forward and backward, as often as num_backwards counts for it."""
+
+    @abstractmethod
+    def _prepare(self, step: int, indices: Sequence[int], prompts: Sequence[str]) -> list[list[Material]]:
+        """Roll out a micro-batch; its materials, grouped by update."""
+
+    def update(self) -> None:
+        """One optimiser step."""
+        with self.numbers.timed("update"):
+            self.numbers.add("grad_norm", self._engine.step())
+
+    def _rollout(self, step: int, indices: Sequence[int], prompts: Sequence[str]) -> Rollout:
+        return roll_out(
+            self._engine.policy,
+            self._flux,
+            self._encode(prompts),
+            self._start_noise(step, indices),
+            self._pairs(prompts),
+            self._sampling,
+        )
+
+    def _start_noise(self, step: int, indices: Sequence[int]) -> Tensor:
+        generators = [noise_generator(self._config.seed, step, index) for index in indices]
+        return self._flux.draw_noise(generators, *self._size)
+
+    def _pairs(self, prompts: Sequence[str]) -> tuple[PromptPair, ...]:
+        words = self._config.control_words
+        return tuple(PromptPair(prompt, words.positive, words.negative) for prompt in prompts)
+
+    def _image_noise(self, step: int, indices: Sequence[int], number: int) -> Tensor | None:
+        """For rewards that compare an image with a noised one; None where the run has none."""
+        if all(reward.pair != "noised_image" for reward in self._config.rewards):
+            return None
+        generators = [image_generator(self._config.seed, step, index, number) for index in indices]
+        return torch.stack([torch.randn(3, *self._size, generator=each) for each in generators])
+
+
+class Learner(StepLearner[Injection]):
+    """Direct-Align: a rollout's material is its injections."""
 
     def learn(self, injection: Injection) -> None:
         """All branches of an injection, each one's backward before the next one's forward (Engine.backward: why)."""
@@ -92,22 +140,11 @@ class Learner:
                 self._engine.backward(outcome.loss)
             self._note(branch, outcome)
 
-    def update(self) -> None:
-        """One optimiser step."""
-        with self.numbers.timed("update"):
-            self.numbers.add("grad_norm", self._engine.step())
-
-    def _rollout(self, step: int, indices: Sequence[int], prompts: Sequence[str]) -> Rollout:
-        generators = [noise_generator(self._config.seed, step, index) for index in indices]
-        words = self._config.control_words
-        return roll_out(
-            self._engine.policy,
-            self._flux,
-            self._encode(prompts),
-            self._flux.draw_noise(generators, *self._size),
-            tuple(PromptPair(prompt, words.positive, words.negative) for prompt in prompts),
-            self._sampling,
-        )
+    def _prepare(self, step: int, indices: Sequence[int], prompts: Sequence[str]) -> list[list[Injection]]:
+        with self.numbers.timed("rollout"):
+            rollout = self._rollout(step, indices, prompts)
+        injections = self._injections(step, indices, rollout)
+        return [[each] for each in injections] if self._config.objective.update_per_injection else [injections]
 
     def _injections(self, step: int, indices: Sequence[int], rollout: Rollout) -> list[Injection]:
         """The rollout's injections in order of their levels, from the least noisy one."""
@@ -115,13 +152,11 @@ class Learner:
         by_sample = [draw_levels(seed, step, each, objective.level_range, objective.num_injections) for each in indices]
         injections = []
         for number, levels in enumerate(zip(*by_sample, strict=True)):
-            noise, image_noise = rollout.noise, None
+            noise = rollout.noise
             if objective.injection_noise == "fresh":
                 generators = [injection_generator(seed, step, index, number) for index in indices]
                 noise = self._flux.draw_noise(generators, *self._size)
-            if any(reward.pair == "noised_image" for reward in self._config.rewards):
-                generators = [image_generator(seed, step, index, number) for index in indices]
-                image_noise = torch.stack([torch.randn(3, *self._size, generator=each) for each in generators])
+            image_noise = self._image_noise(step, indices, number)
             injections.append(Injection(rollout, noise, torch.tensor(levels), image_noise))
         return injections
 

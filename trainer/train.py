@@ -23,10 +23,11 @@ from services.config import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from services.reward_client import RewardClient
 from services.tracking import Tracker
+from trainer.baselines import make_learner
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
 from trainer.flux import FluxModel, encode_ahead
-from trainer.learner import Learner, num_backwards, worker_samples
+from trainer.learner import num_backwards, worker_samples
 from trainer.measure import Panel
 from trainer.prompts import load_prompts
 from trainer.record import Journal, StepNumbers, progress_line
@@ -76,7 +77,7 @@ class Worker:
             self._load_model()
             self._load_rewards()
             self._encode_prompts()
-            self.learner = Learner(config, self._engine, self._flux, self._score, self._encoded)
+            self.learner = make_learner(config, self._engine, self._flux, self._score, self._encoded)
 
     def _load_model(self) -> None:
         config, engine = self.config, self.config.engine

@@ -11,6 +11,7 @@ import pytest
 LIGHT = [
     "services.config",
     "services.contract",
+    "services.method",
     "services.objective",
     "services.reward_client",
     "services.score_files",
