@@ -104,10 +104,10 @@ def test_the_gradient_makes_better_than_average_steps_likelier(flux: FluxModel, 
     length = 1e-3 / math.sqrt(sum(float(each.square().sum()) for each in gradients))
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter -= length * gradient
+            parameter.sub_(length * gradient)
         moved = log_ratio(step, flux.transformer, flux, NOISE_LEVEL)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter += length * gradient
+            parameter.add_(length * gradient)
     assert (moved * advantages).sum() > 0
 
 
