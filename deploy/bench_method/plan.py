@@ -26,15 +26,15 @@ class Variant(Frozen):
 
 
 class Plan(Frozen):
-    """deploy/runs/bench_method.yaml, where each key is explained."""
+    """plan.yaml, where each key is explained."""
 
     base: Path
     budget_cpu_s: PositiveFloat
     early_share: Annotated[float, Field(gt=0, lt=1)]
     num_processes: Positive
-    num_images_per_prompt: Annotated[int, Field(ge=2)]
     validation_path: Path
     test_path: Path
+    test_images_per_prompt: Annotated[int, Field(ge=2)]  # one picture has no diversity
     sweep_seed: int
     seeds: Annotated[tuple[int, ...], Field(min_length=2)]  # fewer have no standard error
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
@@ -77,7 +77,7 @@ def sweep_task(plan: Plan, method: Variant, learning_rate: float) -> Task:
 def final_task(plan: Plan, method: Variant, learning_rate: float, seed: int) -> Task:
     name = f"final-{_slug(method.name)}-{seed}"
     config = _config(plan, method.changes, plan.test_path, seed, learning_rate, name)
-    return Task(name=name, config=config, checks_at_cpu_s=_twice(plan))
+    return Task(name=name, config=config, checks_at_cpu_s=(plan.budget_cpu_s,))
 
 
 def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int) -> Task:
@@ -85,7 +85,8 @@ def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int
     name = f"ablation-{_slug(ablation.name)}-{seed}"
     changes = merged(plan.method(plan.ablated).changes, ablation.changes)
     config = _config(plan, changes, plan.validation_path, seed, learning_rate, name)
-    return Task(name=name, config=config, checks_at_cpu_s=_twice(plan))
+    checks = plan.early_share * plan.budget_cpu_s, plan.budget_cpu_s
+    return Task(name=name, config=config, checks_at_cpu_s=checks)
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,15 +107,12 @@ def _config(
 ) -> RunConfig:
     tree = merged(yaml.safe_load((ROOT / plan.base).read_text(encoding="utf-8")), _IN_ONE_PROCESS)
     tree = merged(tree, changes)
-    evaluation = {"prompts_path": str(prompts_path), "num_images_per_prompt": plan.num_images_per_prompt}
+    num_images = plan.test_images_per_prompt if prompts_path == plan.test_path else 1
+    evaluation = {"prompts_path": str(prompts_path), "num_images_per_prompt": num_images}
     tree = merged(tree, {"name": name, "seed": seed, "evaluation": evaluation})
     if learning_rate is not None:
         tree = merged(tree, {"optimizer": {"learning_rate": learning_rate}})
     return RunConfig.model_validate(tree)
-
-
-def _twice(plan: Plan) -> tuple[float, ...]:
-    return plan.early_share * plan.budget_cpu_s, plan.budget_cpu_s
 
 
 def _slug(name: str) -> str:

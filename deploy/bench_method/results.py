@@ -23,6 +23,14 @@ class Result:
         return str(self.found["task"]["config"]["control_words"]["positive"])
 
     @property
+    def name(self) -> str:
+        return str(self.found["task"]["name"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.found["task"]["config"]["seed"])
+
+    @property
     def learning_rate(self) -> float:
         return float(self.found["task"]["config"]["optimizer"]["learning_rate"])
 
@@ -42,12 +50,11 @@ class Result:
 
     @property
     def told(self) -> str:
-        name = self.found["task"]["name"]
         if not self.is_whole:
-            return f"{name} broke down: {self.found['error']}"
+            return f"{self.name} broke down: {self.found['error']}"
         last = self.check()
         return (
-            f"{name} {last['num_steps']} steps, {last['cpu_s']:.0f} CPU-s: {self.wanted} {self.share:.0%}, "
+            f"{self.name} {last['num_steps']} steps, {last['cpu_s']:.0f} CPU-s: {self.wanted} {self.share:.0%}, "
             f"reward {last['reward']:.3f}, {FIDELITY} {last[FIDELITY]:.3f}"
         )
 
@@ -87,3 +94,27 @@ class Estimate:
         factor, unit = (100, " %") if percent else (1, "")
         spread = "" if self.error is None else f" ± {factor * self.error:.{digits}f}"
         return f"{factor * self.mean:.{digits}f}{spread}{unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table: runs that differ in their seed alone. `num_wanted` is how many there are to be."""
+
+    label: str
+    learning_rate: float | None  # None: not trained
+    results: Sequence[Result]
+    num_wanted: int
+    trouble: str = "not run"  # why there are no results
+
+    @classmethod
+    def of(cls, label: str, learning_rate: float | None, runs: Sequence[Result | None]) -> Row:
+        whole = [run for run in runs if run is not None and run.is_whole]
+        broken = [run for run in runs if run is not None and not run.is_whole]
+        return cls(label, learning_rate, whole, len(runs), "broke down" if broken else "not run")
+
+    @property
+    def is_short(self) -> bool:
+        return len(self.results) < self.num_wanted
+
+    def estimate(self, number: str, check: int = -1) -> Estimate:
+        return Estimate.of([each.check(check)[number] for each in self.results])
