@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from deploy.bench_method.plan import Task
-from deploy.settings import ROOT
+from deploy.settings import ROOT, free_port
 from reward_server.models import ClipArgs
 from reward_server.scorer import Job, Scorer
 from services.contract import ContractError, Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
@@ -138,11 +137,8 @@ def run_task(task: Task, out: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ["MASTER_PORT"] = str(free_port())
     task_file, out = map(Path, arguments)
     task = Task.model_validate_json(task_file.read_text(encoding="utf-8"))
     result = run_task(task, out)

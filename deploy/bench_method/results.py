@@ -114,7 +114,7 @@ class Row:
 
     @property
     def is_short(self) -> bool:
-        return len(self.results) < self.num_wanted
+        return 0 < len(self.results) < self.num_wanted
 
     def estimate(self, number: str, check: int = -1) -> Estimate:
         return Estimate.of([each.check(check)[number] for each in self.results])
