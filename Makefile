@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-steer bench-reward up down fmt manifests check test conflicting ci reference tiny clean
+.PHONY: help setup demo demo-steer bench-reward bench-method up down fmt manifests check test conflicting ci reference tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,9 @@ demo-steer: setup  ## turn a training from 3D to Flat half way, and draw the cur
 
 bench-reward: setup  ## how fast the reward service is, on a quiet machine (under 15 minutes)
 	.venv/bin/python -m deploy.bench_reward
+
+bench-method: setup  ## SRPO beside ReFL, DRaFT-LV, GRPO and Direct-Align at equal CPU-seconds (about an hour, resumable)
+	.venv/bin/python -m deploy.bench_method
 
 up: setup  ## start Ray, the reward service and MLflow on this machine, and keep them up
 	.venv/bin/python -m deploy.local up

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from services.dataset import DatasetConfig
 from services.finetune import EmaConfig, FinetuneConfig
+from services.method import DirectAlignMethod, MethodConfig, check_method
 from services.objective import (
     Frozen,
     ObjectiveConfig,
@@ -204,6 +205,7 @@ class RunConfig(Frozen):
     dataset: DatasetConfig | None = None  # real images in place of prompts.path, and no rollout in training
     control_words: RunWordsConfig
     rollout: RolloutConfig = RolloutConfig()
+    method: MethodConfig = DirectAlignMethod()
     objective: ObjectiveConfig = ObjectiveConfig()
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
     reward_service: RewardServiceConfig = RewardServiceConfig()
@@ -228,6 +230,13 @@ class RunConfig(Frozen):
     def _stage_trains_the_dtype(self) -> RunConfig:
         if self.model.dtype == "bfloat16" and self.engine.zero_stage == 0:  # DeepSpeed's gradients are wrong there
             raise ValueError("engine.zero_stage 0 cannot train a model.dtype of bfloat16: take stage 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> RunConfig:
+        check_method(self.method, self.objective, self.rollout.num_steps)
+        if self.dataset is not None and self.method.kind != "direct_align":
+            raise ValueError(f"method.kind {self.method.kind} trains on its rollouts: give prompts.path, not dataset")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import PIL.Image
 import PIL.ImageDraw
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification
 
 from services.config import RunConfig
-from services.contract import PromptPair, RewardRequest, WeightedReward
-from services.reward_client import RewardClient
+from services.contract import PromptPair, RewardRequest, RewardResponse, WeightedReward
 from trainer.flux import FluxModel
 from trainer.prompt_files import load_prompts
 from trainer.prompts import evaluation_generator
@@ -66,8 +65,14 @@ def is_among_nearest(embeddings: Tensor, references: Tensor, right: Tensor, num_
     return (nearest == right[:, None]).any(dim=1).double()
 
 
+class Scores(Protocol):
+    """What answers reward requests: RewardClient, or a scorer in the same process."""
+
+    def score(self, request: RewardRequest, /) -> RewardResponse: ...
+
+
 def similarities(
-    client: RewardClient, config: RunConfig, reward: str, images: Tensor, prompts: Sequence[str]
+    client: Scores, config: RunConfig, reward: str, images: Tensor, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
     """Of images (num_images, 3, height, width) uint8 to their prompts: (num_images,) under positive and negative word.
 
@@ -146,6 +151,13 @@ class Judges:
         embeddings = [self._subject(_pixels(chunk, self._subject)).pooler_output for chunk in images.split(batch)]
         found = self._is_found(torch.cat(embeddings).flatten(1).cpu(), prompts)
         return values | {"subject_top5": found}, pooled.flatten(1).cpu()
+
+    @torch.no_grad()
+    def style_log_probability(self, images: Tensor, style: str, batch: int) -> Tensor:
+        """log p(style) of each uint8 image, (num_images,): how sure the style judge is."""
+        logits = self._style.classifier(self._pooled(images, batch))
+        index = {name: int(row) for row, name in self._style.config.id2label.items()}[style]
+        return logits.log_softmax(dim=1)[:, index].cpu()
 
     @torch.no_grad()
     def features(self, images: Tensor, batch: int) -> Tensor:

@@ -30,6 +30,7 @@ class _Stream(IntEnum):
     GUARD = 6
     SIZE = 7
     WORDS = 8
+    MEMBER = 9
 
 
 def shard(num_samples: int, rank: int, num_workers: int) -> range:
@@ -93,6 +94,11 @@ def injection_generator(seed: int, step: int, sample_index: int, injection: int)
 def image_generator(seed: int, step: int, sample_index: int, injection: int) -> torch.Generator:
     """The CPU generator of the noise that a reward without text compares an image with."""
     return _generator(seed, _Stream.IMAGE, step, sample_index, injection)
+
+
+def member_generator(seed: int, step: int, sample_index: int, member: int) -> torch.Generator:
+    """The CPU generator of all noise of one of the images that a sample's prompt gets (GRPO's groups)."""
+    return _generator(seed, _Stream.MEMBER, step, sample_index, member)
 
 
 def evaluation_generator(seed: int, image_index: int) -> torch.Generator:

@@ -82,7 +82,7 @@ def progress_line(step: int, num_steps: int, numbers: dict[str, float]) -> str:
     >>> progress_line(12, 60, {"reward_denoise": 0.05, "loss": 0.65, "grad_norm": 0.4, "seconds_step": 1.5})
     'step 12/60  reward 0.0500  loss 0.6500  gradient norm 0.400  1.50 s/step  ETA 1:12'
     """
-    reward = next(numbers[name] for name in ("reward_denoise", "reward_invert") if name in numbers)
+    reward = next(numbers[name] for name in ("reward_denoise", "reward_invert", "reward") if name in numbers)
     minutes, seconds = divmod(round((num_steps - step) * numbers["seconds_step"]), 60)
     return (
         f"step {step}/{num_steps}  reward {reward:.4f}  loss {numbers['loss']:.4f}  "

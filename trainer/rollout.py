@@ -61,6 +61,27 @@ class Injection:
             raise ValueError(f"noise {shapes[0]} and levels {shapes[1]} do not fit images {shapes[2]}")
 
 
+def velocity_at(
+    transformer: nn.Module,
+    flux: FluxModel,
+    latents: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    sampling: Sampling,
+) -> Tensor:
+    """The velocity that a sampler follows at `latents` (batch, tokens, channels); sigma 0-d or (batch,)."""
+    return flux.predict_velocity(
+        transformer,
+        latents,
+        sigma,
+        conditioning,
+        sampling.guidance_scale,
+        sampling.height_px,
+        sampling.width_px,
+        truncate_timestep=sampling.truncate_timestep,
+    )
+
+
 @torch.no_grad()
 def sample(
     transformer: nn.Module, flux: FluxModel, conditioning: Conditioning, noise: Tensor, sampling: Sampling
@@ -68,16 +89,7 @@ def sample(
     """Clean latents, shaped as `noise` (batch, tokens, channels), by Euler steps from sigma 1 to 0."""
     latents = noise
     for sigma, sigma_next in pairwise(sigma_schedule(sampling.num_steps, sampling.shift).to(noise.device)):
-        velocity = flux.predict_velocity(
-            transformer,
-            latents,
-            sigma,
-            conditioning,
-            sampling.guidance_scale,
-            sampling.height_px,
-            sampling.width_px,
-            truncate_timestep=sampling.truncate_timestep,
-        )
+        velocity = velocity_at(transformer, flux, latents, sigma, conditioning, sampling)
         latents = euler_step(latents, velocity, sigma, sigma_next)
     return latents
 

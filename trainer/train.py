@@ -23,14 +23,16 @@ from services.config import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from services.reward_client import RewardClient
 from services.tracking import Tracker
+from trainer.baselines import make_learner
 from trainer.batches import open_batches
 from trainer.conditioning import encoder, load_flux, used_prompts
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
 from trainer.helm import Helm, try_out
-from trainer.learner import Learner, num_backwards, worker_samples
+from trainer.learner import num_backwards
 from trainer.lora import adapter, add_adapter, whole
 from trainer.record import Journal, StepNumbers, progress_line
+from trainer.step_learner import worker_samples
 from trainer.stop_rules import BEST_STEP
 from trainer.watch import Watch, guard_panel
 
@@ -80,7 +82,7 @@ class Worker:
             self._load_model()
             self._load_rewards()
             self._encode_prompts()
-            self.learner = Learner(config, self._engine, self._flux, self._score, self._encoded)
+            self.learner = make_learner(config, self._engine, self._flux, self._score, self._encoded)
             self._helm = Helm(config, self._device, tracker, self._log, partial(try_out, self._client))
 
     def _load_model(self) -> None:
@@ -111,7 +113,8 @@ class Worker:
         """Of all that this worker will draw, the conditioning: encoded now, or found on disk."""
         config, worker = self.config, (self._rank, self._num_workers)
         batches, steps = open_batches(config), range(config.num_steps)
-        wanted = [prompt for step in steps for _, prompt in worker_samples(config, batches.batch(step), *worker)]
+        indices = worker_samples(config, *worker)
+        wanted = [batches.batch(step).prompts[index] for step in steps for index in indices]
         drawn = [(self._held_out, len(self._held_out.prompts)), (self._held_out, self._num_grid_images)]
         if self._watch is not None:
             drawn.append((self._watch.pictures, len(self._watch.pictures.prompts)))

@@ -12,6 +12,7 @@ LIGHT = [
     "services.config",
     "services.contract",
     "services.finetune",
+    "services.method",
     "services.objective",
     "services.prompt_config",
     "services.reward_client",

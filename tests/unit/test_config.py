@@ -32,6 +32,10 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted keys with their defaults, in the order of the file."""
     lines = []
     for name, field in model.model_fields.items():
+        if field.discriminator is not None:
+            for kind in get_args(field.annotation):
+                lines += keys_of(kind, f"{prefix}{name}[{get_args(kind.model_fields['kind'].annotation)[0]}].")
+            continue
         section, is_list = section_of(field.annotation), get_origin(field.annotation) is tuple
         if section is None or not isinstance(field.default, section | PydanticUndefinedType):
             lines.append(f"{prefix}{name}" + ("" if field.is_required() else f" = {field.default}"))
@@ -85,6 +89,11 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
         (("control_words",), "pairs", [{"positive": "3D"}], "control_words.pairs.0.negative"),
         (("control_words",), "pairs", [{"positive": "3D", "negative": "Flat"}], "kind fixed has positive and negative"),
         (("rollout",), "shift", "dynamical", "rollout.shift"),
+        ((), "method", {"kind": "dpo"}, "method: Input tag 'dpo'"),
+        ((), "method", {"kind": "refl", "group_size": 8}, "method.refl.group_size"),
+        ((), "method", {"kind": "refl"}, "objective.kind srp_guided has a k for each noise level"),
+        ((), "method", {"kind": "grpo", "group_size": 1}, "method.grpo.group_size"),
+        ((), "method", {"kind": "grpo", "num_updates": 3}, "num_trained_steps 4 is not a multiple of num_updates 3"),
         (("objective",), "kind", "srpo", "objective.kind"),
         (("objective",), "branches", [], "objective: Value error, branches must be one or both"),
         (("objective",), "branches", ["invert", "invert"], "objective: Value error, branches must be one or both"),

@@ -1,0 +1,1 @@
+"""`make bench-method`: methods side by side on the embedded default at equal CPU-seconds, without Ray."""

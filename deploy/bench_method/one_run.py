@@ -1,0 +1,153 @@
+"""One task in one process of one thread: train for so many CPU-seconds, judge, write numbers and pictures.
+
+    python -m deploy.bench_method.one_run TASK.json OUT_FOLDER
+
+The pieces are those of a training under Ray (FluxModel, Engine, the learner, Judges, Panel); the reward is scored in
+this process by the service's own Scorer, so that its CPU-seconds count. OUT_FOLDER/NAME.json is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# before torch and DeepSpeed read them
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
+
+import torch
+from safetensors.torch import save_file
+
+from deploy.bench_method.plan import Task
+from deploy.settings import ROOT, free_port
+from reward_server.models import ClipArgs
+from reward_server.scorer import Job, Scorer
+from services.contract import ContractError, Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
+from trainer.baselines import make_learner
+from trainer.batches import open_batches
+from trainer.conditioning import encode_ahead
+from trainer.engine import Engine, init_distributed
+from trainer.evaluate import HeldOut, Judges, held_out_images, similarities
+from trainer.flux import FluxModel
+from trainer.learner import num_backwards
+from trainer.measure import Panel
+from trainer.record import StepNumbers, progress_line
+
+_REWARD_PATH = ROOT / "deploy" / "tiny" / "reward"
+
+
+class InProcess:
+    """The embedded reward, without a service."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._scorer = Scorer({name: ClipArgs(kind="clip", path=str(_REWARD_PATH)) for name in names})
+
+    def score(self, request: RewardRequest) -> RewardResponse:
+        (answer,) = self._scorer.score([Job(request, request.rewards[0].name, request_id="bench")])
+        if isinstance(answer, ContractError):
+            raise answer
+        return answer
+
+    def __call__(
+        self, name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]
+    ) -> RewardResponse:
+        return self.score(RewardRequest(images, pairs, scales, (WeightedReward(name),)))
+
+
+class Run:
+    """Everything that a task needs, loaded."""
+
+    def __init__(self, task: Task) -> None:
+        config = task.config
+        self.task, self.cpu_s, self.num_steps = task, 0.0, 0
+        self._numbers, self._seconds = StepNumbers(), StepNumbers()
+        self._device = init_distributed(use_gpu=False)
+        self._reward = InProcess([reward.name for reward in config.rewards])
+        self._flux = FluxModel.load(config.model.path, torch.float32)
+        self._engine = Engine.create(
+            self._flux.transformer, config.optimizer, config.engine, num_backwards(config), torch.float32
+        )
+        self._pictures = self._held_out()
+        prompts = [*(each.prompt for each in open_batches(config).located), *self._pictures.prompts]
+        self._encode = encode_ahead(self._flux, prompts, config.model.max_sequence_length)
+        self._learner = make_learner(config, self._engine, self._flux, self._reward, self._encode)
+        self._judges = self._load_judges()
+
+    def train_until(self, cpu_s: float) -> None:
+        """Optimiser steps until this many CPU-seconds have gone into them. ValueError if a loss is not finite."""
+        while self.cpu_s < cpu_s:
+            began, wall = time.process_time(), time.perf_counter()
+            for materials in self._learner.roll_out(self.num_steps):
+                for material in materials:
+                    self._learner.learn(material)
+                self._learner.update()
+            self.cpu_s += time.process_time() - began
+            self.num_steps += 1
+            self._learner.numbers.add_seconds("step", time.perf_counter() - wall)
+            numbers = self._learner.numbers.mean_over_workers(self._device)
+            self._learner.numbers = StepNumbers()
+            print(f"{self.cpu_s:6.1f} CPU-s ", progress_line(self.num_steps, 0, numbers), flush=True)
+            if not math.isfinite(numbers["loss"]):
+                raise ValueError(f"step {self.num_steps}: the loss is {numbers['loss']}")
+
+    def judge(self) -> tuple[dict[str, float], torch.Tensor]:
+        """Numbers of the policy as it is, and its pictures (num_images, 3, height, width) uint8."""
+        config, prompts = self.task.config, self._pictures.prompts
+        images = self._pictures.draw_here(self._engine.policy, self._flux, self._encode)
+        reward = partial(similarities, self._reward, config, config.rewards[0].name)
+        panel = Panel({"reward": reward}, self._judges, None, config.evaluation.num_images_per_prompt)
+        numbers = panel.numbers(panel.observe(images, prompts))
+        wanted, batch = config.control_words.positive, config.evaluation.batch
+        log_probability = self._judges.style_log_probability(images, wanted, batch)
+        return numbers | {"judge_log_probability": float(log_probability.double().mean())}, images
+
+    def _held_out(self) -> HeldOut:
+        model = self.task.config.model
+        shift = self._flux.resolve_shift(self.task.config.rollout.shift, model.height_px, model.width_px)
+        return held_out_images(self.task.config, shift)
+
+    def _load_judges(self) -> Judges:
+        path = self.task.config.evaluation.judge_path
+        if path is None:
+            raise ValueError(f"{self.task.name}: evaluation.judge_path is missing, and methods are judged by judges")
+        return Judges.load(path, self._device)
+
+
+def run_task(task: Task, out: Path) -> dict[str, Any]:
+    """Train and judge; a run that breaks down keeps its error and the checks before it."""
+    run = Run(task)
+    checks: list[dict[str, Any]] = []
+    error = None
+    for cpu_s in task.checks_at_cpu_s:
+        try:
+            run.train_until(cpu_s)
+            numbers, images = run.judge()
+        except ValueError as broken:
+            error = str(broken)
+            break
+        checks.append({"cpu_s": run.cpu_s, "num_steps": run.num_steps, "numbers": numbers})
+        save_file({"images": images}, out / f"{task.name}.safetensors")
+    return {"task": json.loads(task.model_dump_json()), "checks": checks, "error": error}
+
+
+def main(arguments: Sequence[str]) -> int:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(free_port())
+    task_file, out = map(Path, arguments)
+    task = Task.model_validate_json(task_file.read_text(encoding="utf-8"))
+    result = run_task(task, out)
+    unfinished = out / f"{task.name}.unfinished"
+    unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    unfinished.rename(out / f"{task.name}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""The comparison as its file describes it: methods, learning rates, seeds, ablations -> one task a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field
+
+from deploy.settings import ROOT
+from services.config import RunConfig
+from services.objective import Frozen, Positive, PositiveFloat, Word
+
+# judged once by the same process that trains: no Ray, no service, no guard
+_IN_ONE_PROCESS = {"guard": None, "engine": {"zero_stage": 0, "num_workers": 1}}
+
+
+class Variant(Frozen):
+    """Changes over the base run file; `learning_rates` in place of the plan's."""
+
+    name: Word
+    changes: dict[str, Any]
+    learning_rates: tuple[PositiveFloat, ...] = ()
+
+
+class Plan(Frozen):
+    """plan.yaml, where each key is explained."""
+
+    base: Path
+    budget_cpu_s: PositiveFloat
+    early_share: Annotated[float, Field(gt=0, lt=1)]
+    num_processes: Positive
+    validation_path: Path
+    test_path: Path
+    test_images_per_prompt: Annotated[int, Field(ge=2)]  # one picture has no diversity
+    sweep_seed: int
+    seeds: Annotated[tuple[int, ...], Field(min_length=2)]  # fewer have no standard error
+    learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    methods: Annotated[tuple[Variant, ...], Field(min_length=1)]
+    ablated: Word
+    ablation_seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    ablations: tuple[Variant, ...]
+
+    def method(self, name: str) -> Variant:
+        return next(each for each in self.methods if each.name == name)
+
+    def learning_rates_of(self, method: Variant) -> tuple[float, ...]:
+        return method.learning_rates or self.learning_rates
+
+
+class Task(Frozen):
+    """One run: what to train, for how long, and when to judge it (in CPU-seconds of training, rising)."""
+
+    name: str
+    config: RunConfig
+    checks_at_cpu_s: tuple[float, ...]
+
+
+def load_plan(path: Path) -> Plan:
+    return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def base_task(plan: Plan, prompts_path: Path, seed: int) -> Task:
+    """The model as it is."""
+    name = f"base-{prompts_path.stem}-{seed}"
+    return Task(name=name, config=_config(plan, {}, prompts_path, seed, None, name), checks_at_cpu_s=(0.0,))
+
+
+def sweep_task(plan: Plan, method: Variant, learning_rate: float) -> Task:
+    name = f"sweep-{_slug(method.name)}-{learning_rate:g}"
+    config = _config(plan, method.changes, plan.validation_path, plan.sweep_seed, learning_rate, name)
+    return Task(name=name, config=config, checks_at_cpu_s=(plan.budget_cpu_s,))
+
+
+def final_task(plan: Plan, method: Variant, learning_rate: float, seed: int) -> Task:
+    name = f"final-{_slug(method.name)}-{seed}"
+    config = _config(plan, method.changes, plan.test_path, seed, learning_rate, name)
+    return Task(name=name, config=config, checks_at_cpu_s=(plan.budget_cpu_s,))
+
+
+def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int) -> Task:
+    """The ablation's changes over those of the method that is ablated."""
+    name = f"ablation-{_slug(ablation.name)}-{seed}"
+    changes = merged(plan.method(plan.ablated).changes, ablation.changes)
+    config = _config(plan, changes, plan.validation_path, seed, learning_rate, name)
+    checks = plan.early_share * plan.budget_cpu_s, plan.budget_cpu_s
+    return Task(name=name, config=config, checks_at_cpu_s=checks)
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `tree`, section by section.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+    {'a': {'b': 1, 'c': 3}}
+    """
+    result = dict(tree)
+    for key, value in changes.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _config(
+    plan: Plan, changes: Mapping[str, Any], prompts_path: Path, seed: int, learning_rate: float | None, name: str
+) -> RunConfig:
+    tree = merged(yaml.safe_load((ROOT / plan.base).read_text(encoding="utf-8")), _IN_ONE_PROCESS)
+    tree = merged(tree, changes)
+    num_images = plan.test_images_per_prompt if prompts_path == plan.test_path else 1
+    evaluation = {"prompts_path": str(prompts_path), "num_images_per_prompt": num_images}
+    tree = merged(tree, {"name": name, "seed": seed, "evaluation": evaluation})
+    if learning_rate is not None:
+        tree = merged(tree, {"optimizer": {"learning_rate": learning_rate}})
+    return RunConfig.model_validate(tree)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)

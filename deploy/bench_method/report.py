@@ -1,0 +1,123 @@
+"""Out of finished runs: method.json, the tables between their markers in README and LOG, and the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deploy.bench_method.plan import Plan
+from deploy.bench_method.results import FIDELITY, Result, Row
+from deploy.settings import ROOT
+
+_RESULTS = ROOT / "deploy" / "runs" / "results"
+_README, _LOG = ROOT / "README.md", ROOT / "deploy" / "runs" / "LOG.md"
+_LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed")
+_NUM_PICTURES, _LABEL_PX = 10, 160
+
+
+def write_report(
+    plan: Plan, methods: Sequence[Row], sweep: Sequence[Row], ablations: Sequence[Row], folder: Path
+) -> None:
+    """method.json, both texts, and the picture of the first seed out of `folder`."""
+    stages = {"methods": methods, "sweep": sweep, "ablations": ablations}
+    summary = {
+        "plan": json.loads(plan.model_dump_json()),
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "processor": _processor()},
+        "versions": {name: version(name) for name in _LIBRARIES},
+        **{stage: [_as_json(row) for row in rows] for stage, rows in stages.items()},
+    }
+    (_RESULTS / "method.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    table = table_of(methods, extra="diversity")
+    for file in (_README, _LOG):
+        between(file, "bench-method", table)
+    between(_LOG, "bench-method-sweep", table_of(sweep, extra=""))
+    between(_LOG, "bench-method-ablations", table_of(ablations, extra="early"))
+    strips = [(row.label, row.results[0]) for row in methods if row.results]
+    picture(strips, folder, plan.test_images_per_prompt).save(_RESULTS / "method.png")
+
+
+def between(file: Path, marker: str, text: str) -> None:
+    """Replace what stands between <!-- marker --> and <!-- /marker -->. Raises ValueError where they are missing."""
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    whole = file.read_text(encoding="utf-8")
+    if start not in whole or end not in whole:
+        raise ValueError(f"{file} has no {start} … {end}")
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+    file.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", whole), encoding="utf-8")
+
+
+def table_of(rows: Sequence[Row], *, extra: str) -> str:
+    """Markdown; `extra` is the column that not all tables have: "", "early" or "diversity"."""
+    wanted = next(row.results[0].wanted for row in rows if row.results)
+    columns = {
+        "steps": lambda row: row.estimate("num_steps").told(),
+        wanted: lambda row: row.estimate(f"style_share_{wanted}").told(percent=True),
+        f"{wanted} at a third": lambda row: row.estimate(f"style_share_{wanted}", 0).told(percent=True),
+        "reward": lambda row: row.estimate("reward").told(digits=3),
+        f"judge's log p({wanted})": lambda row: row.estimate("judge_log_probability").told(digits=2),
+        "subject in top 5": lambda row: row.estimate(FIDELITY).told(percent=True),
+        f"Fréchet to real {wanted}": lambda row: row.estimate(f"frechet_{wanted}").told(digits=1),
+        "diversity": lambda row: row.estimate("diversity_seeds").told(digits=2),
+        "CPU-s": lambda row: row.estimate("cpu_s").told(),
+    }
+    for name, key in ((f"{wanted} at a third", "early"), ("diversity", "diversity")):
+        if extra != key:
+            del columns[name]
+    head = ["", "learning rate", *columns]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        label = row.label + (f" ({len(row.results)} of {row.num_wanted} seeds)" if row.is_short else "")
+        cells = [tell(row) for tell in columns.values()] if row.results else [row.trouble] + [""] * (len(columns) - 1)
+        lines.append([label, _rate(row), *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _rate(row: Row) -> str:
+    return "–" if row.learning_rate is None else f"{row.learning_rate:.0e}".replace("e-0", "e-")
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return {
+        "label": row.label,
+        "learning_rate": row.learning_rate,
+        "trouble": row.trouble,
+        "runs": [{"seed": each.seed, "checks": each.found["checks"]} for each in row.results],
+    }
+
+
+def picture(strips: Sequence[tuple[str, Result]], folder: Path, num_images_per_prompt: int) -> PIL.Image.Image:
+    """A row a method with its name, a column a prompt: the first picture of each of the first prompts."""
+    font = PIL.ImageFont.load_default(size=12)
+    images = [_shown(folder, result, num_images_per_prompt) for _, result in strips]
+    size = images[0].shape[-1]
+    sheet = PIL.Image.new("RGB", (_LABEL_PX + _NUM_PICTURES * size, len(strips) * size), "white")
+    pen = PIL.ImageDraw.Draw(sheet)
+    for number, ((label, _), row) in enumerate(zip(strips, images, strict=True)):
+        pen.text((4, number * size + size // 2 - 8), label, fill="black", font=font)
+        for column, image in enumerate(row):
+            tile = PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            sheet.paste(tile, (_LABEL_PX + column * size, number * size))
+    return sheet
+
+
+def _shown(folder: Path, result: Result, num_images_per_prompt: int) -> Tensor:
+    images = load_file(folder / f"{result.name}.safetensors")["images"][::num_images_per_prompt]
+    return images[:: max(1, len(images) // _NUM_PICTURES)][:_NUM_PICTURES]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,120 @@
+"""What runs gave: their numbers, the choice of a learning rate, means and standard errors over seeds. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+FIDELITY = "subject_top5"
+_LEAST_FIDELITY = 0.9  # of the base model's
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A run's file, as one_run.py writes it."""
+
+    found: dict[str, Any]
+
+    @property
+    def wanted(self) -> str:
+        return str(self.found["task"]["config"]["control_words"]["positive"])
+
+    @property
+    def name(self) -> str:
+        return str(self.found["task"]["name"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.found["task"]["config"]["seed"])
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.found["task"]["config"]["optimizer"]["learning_rate"])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it came to its end."""
+        return self.found["error"] is None
+
+    def check(self, index: int = -1) -> dict[str, float]:
+        """Numbers of one of its checks, the last one unless told, with its CPU-seconds and steps."""
+        check = self.found["checks"][index]
+        return {**check["numbers"], "cpu_s": check["cpu_s"], "num_steps": check["num_steps"]}
+
+    @property
+    def share(self) -> float:
+        return self.check()[f"style_share_{self.wanted}"]
+
+    @property
+    def told(self) -> str:
+        if not self.is_whole:
+            return f"{self.name} broke down: {self.found['error']}"
+        last = self.check()
+        return (
+            f"{self.name} {last['num_steps']} steps, {last['cpu_s']:.0f} CPU-s: {self.wanted} {self.share:.0%}, "
+            f"reward {last['reward']:.3f}, {FIDELITY} {last[FIDELITY]:.3f}"
+        )
+
+
+def best_learning_rate(base: Result, swept: Sequence[Result]) -> float:
+    """That of the largest target share among runs whose fidelity is at least 90 % of the base model's.
+
+    Where none is, that of the highest reward. Raises ValueError where all runs broke down.
+    """
+    whole = [each for each in swept if each.is_whole]
+    if not whole:
+        raise ValueError(f"every learning rate broke down: {[each.told for each in swept]}")
+    least = _LEAST_FIDELITY * base.check()[FIDELITY]
+    faithful = [each for each in whole if each.check()[FIDELITY] >= least]
+    if faithful:
+        return max(faithful, key=lambda each: each.share).learning_rate
+    return max(whole, key=lambda each: each.check()["reward"]).learning_rate
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Mean over seeds and its standard error, which one seed has not.
+
+    >>> Estimate.of([0.5, 0.7]).told(percent=True)
+    '60 ± 10 %'
+    """
+
+    mean: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(fmean(values), error)
+
+    def told(self, *, percent: bool = False, digits: int = 0) -> str:
+        factor, unit = (100, " %") if percent else (1, "")
+        spread = "" if self.error is None else f" ± {factor * self.error:.{digits}f}"
+        return f"{factor * self.mean:.{digits}f}{spread}{unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table: runs that differ in their seed alone. `num_wanted` is how many there are to be."""
+
+    label: str
+    learning_rate: float | None  # None: not trained
+    results: Sequence[Result]
+    num_wanted: int
+    trouble: str = "not run"  # why there are no results
+
+    @classmethod
+    def of(cls, label: str, learning_rate: float | None, runs: Sequence[Result | None]) -> Row:
+        whole = [run for run in runs if run is not None and run.is_whole]
+        broken = [run for run in runs if run is not None and not run.is_whole]
+        return cls(label, learning_rate, whole, len(runs), "broke down" if broken else "not run")
+
+    @property
+    def is_short(self) -> bool:
+        return 0 < len(self.results) < self.num_wanted
+
+    def estimate(self, number: str, check: int = -1) -> Estimate:
+        return Estimate.of([each.check(check)[number] for each in self.results])

@@ -1,0 +1,123 @@
+"""The comparison of methods: every task of the committed plan is a run, the choice of a learning rate, the tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deploy.bench_method.__main__ import PLAN, Bench
+from deploy.bench_method.plan import Plan, Task, ablation_task, base_task, final_task, load_plan, merged, sweep_task
+from deploy.bench_method.report import between, picture, table_of
+from deploy.bench_method.results import Estimate, Result, Row, best_learning_rate
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return load_plan(PLAN)
+
+
+@pytest.fixture(scope="module")
+def tasks(plan: Plan) -> list[Task]:
+    found = [base_task(plan, path, 0) for path in (plan.validation_path, plan.test_path)]
+    for method in plan.methods:
+        rates = plan.learning_rates_of(method)
+        found += [sweep_task(plan, method, rate) for rate in rates]
+        found += [final_task(plan, method, rates[0], seed) for seed in plan.seeds]
+    return found + [ablation_task(plan, each, 1e-5, 0) for each in plan.ablations]
+
+
+def result_of(task: Task, share: float, fidelity: float = 0.4, reward: float = 0.1, **found: Any) -> Result:
+    numbers = {"style_share_3D": share, "subject_top5": fidelity, "reward": reward, "frechet_3D": 40 * (1 - share)}
+    numbers |= {"judge_log_probability": -1.0, "diversity_seeds": 3.0}
+    checks = [{"cpu_s": 30.0, "num_steps": 17, "numbers": numbers}]
+    return Result({"task": task.model_dump(mode="json"), "checks": checks, "error": None} | found)
+
+
+def test_every_task_is_a_run_with_a_name_of_its_own(tasks: list[Task]) -> None:
+    assert len({task.name for task in tasks}) == len(tasks)
+    for task in tasks:
+        assert task.config.engine.num_workers == 1
+        assert task.config.guard is None
+        assert Task.model_validate_json(task.model_dump_json()) == task
+
+
+def test_ablations_change_one_run_and_differ_from_each_other(plan: Plan) -> None:
+    configs = [ablation_task(plan, each, 1e-5, 0).config for each in plan.ablations]
+    trees = [config.model_copy(update={"name": ""}).model_dump_json() for config in configs]
+    assert len(set(trees)) == len(trees)
+
+
+def test_held_out_prompts_of_the_table_choose_nothing(tasks: list[Task], plan: Plan) -> None:
+    for task in tasks:
+        reports = task.name.startswith(("final", f"base-{plan.test_path.stem}"))
+        assert (task.config.evaluation.prompts_path == plan.test_path) == reports
+
+
+def test_changes_go_over_a_tree_section_by_section() -> None:
+    assert merged({"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}, "d": 2}
+
+
+def test_the_best_rate_has_the_largest_share_among_the_faithful(plan: Plan) -> None:
+    base = result_of(base_task(plan, plan.validation_path, 0), 0.1)
+    slow, good, far = (sweep_task(plan, plan.methods[0], rate) for rate in (1e-5, 1e-4, 1e-3))
+    swept = [result_of(slow, 0.3), result_of(good, 0.5, 0.37), result_of(far, 0.9, 0.35)]
+    assert best_learning_rate(base, swept) == 1e-4
+    assert best_learning_rate(base, [result_of(slow, 0.3, 0.1, 0.2), result_of(far, 0.2, 0.0, 0.4)]) == 1e-3
+    broken = result_of(far, 0.9, error="the loss is nan")
+    assert best_learning_rate(base, [swept[0], broken]) == 1e-5
+    with pytest.raises(ValueError, match="every learning rate broke down"):
+        best_learning_rate(base, [broken])
+
+
+def test_a_result_counts_only_for_the_task_as_it_is_now(plan: Plan, tmp_path: Path) -> None:
+    bench, task = Bench(plan, tmp_path), base_task(plan, plan.test_path, 0)
+    assert bench.result(task) is None
+    found = result_of(task, 0.2).found
+    del found["task"]["config"]["tracking"]  # a key that is newer than the run has its default
+    (tmp_path / f"{task.name}.json").write_text(json.dumps(found), encoding="utf-8")
+    assert bench.result(task) is not None
+    changed = task.config.model_copy(update={"num_steps": task.config.num_steps + 1})
+    assert bench.result(task.model_copy(update={"config": changed})) is None
+
+
+def test_standard_errors_are_over_seeds() -> None:
+    assert Estimate.of([1.0, 2.0, 3.0]).error == pytest.approx(1 / 3**0.5)
+    assert Estimate.of([0.5]).told(percent=True) == "50 %"
+
+
+def test_a_table_says_what_is_missing(plan: Plan) -> None:
+    method = plan.methods[0]
+    runs = [result_of(final_task(plan, method, 1e-4, seed), share) for seed, share in ((1, 0.4), (2, 0.6))]
+    rows = [Row.of("whole", 1e-4, runs), Row.of("short", 1e-4, [*runs, None]), Row.of("none", None, [None])]
+    broken = Row.of("broken", 1e-3, [result_of(final_task(plan, method, 1e-3, 1), 0.4, error="nan")])
+    lines = table_of([*rows, broken], extra="diversity").splitlines()
+    assert "| whole | 1e-4 | 17 ± 0 | 50 ± 10 % |" in lines[2]
+    assert "short (2 of 3 seeds)" in lines[3]
+    assert "| none | – | not run |" in lines[4]
+    assert "| broken | 1e-3 | broke down |" in lines[5]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_text_between_markers_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("a\n<!-- x -->\nold\n<!-- /x -->\nb\n", encoding="utf-8")
+    for _ in range(2):
+        between(file, "x", "new \\1")
+    assert file.read_text(encoding="utf-8") == "a\n<!-- x -->\nnew \\1\n<!-- /x -->\nb\n"
+    with pytest.raises(ValueError, match="has no <!-- y -->"):
+        between(file, "y", "new")
+
+
+def test_the_picture_has_a_row_a_method(plan: Plan, tmp_path: Path) -> None:
+    results = [result_of(final_task(plan, each, 1e-4, 1), 0.5) for each in plan.methods[:2]]
+    for number, each in enumerate(results):
+        images = torch.full((24, 3, 64, 64), 100 * number, dtype=torch.uint8)
+        save_file({"images": images}, tmp_path / f"{each.name}.safetensors")
+    sheet = picture([(each.name, each) for each in results], tmp_path, num_images_per_prompt=2)
+    assert sheet.size[1] == 2 * 64
+    assert sheet.getpixel((sheet.width - 10, 100)) == (100, 100, 100)
