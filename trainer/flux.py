@@ -76,11 +76,10 @@ class FluxModel:
         self.transformer: nn.Module = pipeline.transformer
         self.vae = pipeline.vae
         self.source = source
-        self.dtype: torch.dtype = pipeline.vae.dtype
-        self.device: torch.device = pipeline.vae.device
+        network = pipeline.vae if pipeline.transformer is None else pipeline.transformer
+        self.dtype: torch.dtype = network.dtype
+        self.device: torch.device = network.device
         self._pipeline = pipeline
-        self._has_guidance: bool = pipeline.transformer is not None and pipeline.transformer.config.guidance_embeds
-        self._num_channels: int = pipeline.vae.config.latent_channels * _PATCH**2
         for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -151,7 +150,8 @@ class FluxModel:
         as FluxPipeline's for these generators.
         """
         rows, columns = self._token_grid(height_px, width_px)
-        shape = (1, self._num_channels // _PATCH**2, rows * _PATCH, columns * _PATCH)
+        num_channels = self._pipeline.transformer.config.in_channels // _PATCH**2
+        shape = (1, num_channels, rows * _PATCH, columns * _PATCH)
         return self.pack(torch.cat([torch.randn(shape, generator=each) for each in generators])).to(self.device)
 
     def predict_velocity(
@@ -172,12 +172,13 @@ class FluxModel:
         truncate_timestep cuts 1000·sigma to an integer, as the published SRPO code does.
         """
         batch, device = len(latents), latents.device
+        has_guidance = self._pipeline.transformer.config.guidance_embeds
         sigma = sigma.expand(batch)
         timestep = (sigma * 1000).trunc() / 1000 if truncate_timestep else sigma
         (velocity,) = transformer(
             hidden_states=latents.to(self.dtype),
             timestep=timestep.to(self.dtype),  # the model itself multiplies by 1000
-            guidance=torch.full((batch,), guidance_scale, device=device) if self._has_guidance else None,
+            guidance=torch.full((batch,), guidance_scale, device=device) if has_guidance else None,
             pooled_projections=conditioning.pooled,
             encoder_hidden_states=conditioning.prompt_embeds,
             txt_ids=_text_ids(conditioning.prompt_embeds.shape[1], device, self.dtype),

@@ -31,11 +31,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reward_server.models import ClipArgs
 from reward_server.worker import Worker, WorkerArgs
+from services.config import load_run_config
 from services.contract import REWARDS_PATH
+from tests.pictures import photo
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
 from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
+from trainer.captioned import DatasetError
+from trainer.encode import encode, listed_images
 from trainer.evaluate import Evaluation, to_uint8
 from trainer.prompts import evaluation_generator
 
@@ -87,7 +91,13 @@ class Bench:
     def tracking_uri(self) -> str:
         return f"sqlite:///{self.folder / 'mlflow.db'}"
 
-    def write_run(self, name: str, stop_when: Sequence[dict[str, Any]] = (), **engine: Any) -> Path:
+    def write_run(
+        self,
+        name: str,
+        stop_when: Sequence[dict[str, Any]] = (),
+        other: dict[str, Any] | None = None,
+        **engine: Any,
+    ) -> Path:
         """A run file with paths relative to `folder`, from where runs are started."""
         size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
         run = {
@@ -113,7 +123,8 @@ class Bench:
             "tracking": {"uri": self.tracking_uri},
         }
         path = self.folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(run), encoding="utf-8")
+        chosen = {key: value for key, value in (run | (other or {})).items() if value is not None}
+        path.write_text(yaml.safe_dump(chosen), encoding="utf-8")
         return path
 
     def start(self, run_file: Path) -> subprocess.Popen[str]:
@@ -292,6 +303,45 @@ def rule_broken_first_at(run: Run, step: int) -> dict[str, Any]:
         if values[step] < min(before) - beyond:
             return {"metric": metric, "below": (values[step] + min(before)) / 2}
     raise AssertionError("no number of the guard is new at this step")
+
+
+def test_a_run_on_real_images_reads_their_latents(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Encoded by Ray Data once: what is there is left alone, and a bad image is named before anything is encoded."""
+    images = bench.folder / "images"
+    images.mkdir()
+    for index, caption in enumerate(PROMPTS):
+        height, width = (HEIGHT_PX, WIDTH_PX) if index % 2 else (WIDTH_PX + 9, HEIGHT_PX)
+        photo(height, width).rotate(index).save(images / f"{index}.png")
+        (images / f"{index}.txt").write_text(caption, encoding="utf-8")
+    latents = bench.folder / "latents"
+    size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "sizes": [[HEIGHT_PX, WIDTH_PX], [WIDTH_PX, HEIGHT_PX]]}
+    offline = {
+        "num_steps": 2,
+        "model": {"path": str(bench.folder / "flux"), **size, "max_sequence_length": MAX_SEQUENCE_LENGTH},
+        "prompts": None,
+        "dataset": {"path": str(images), "latents_path": str(latents)},
+    }
+    run_file = bench.write_run("offline", other=offline, num_workers=1)
+    config = load_run_config(run_file)
+    encode(config, listed_images(config))
+    written = {file: file.stat().st_mtime_ns for file in latents.glob("*.safetensors")}
+    assert len(written) == 2
+
+    (images / "0.png").write_bytes((images / "0.png").read_bytes()[:-20])
+    with pytest.raises(DatasetError, match=r"1 of 8 images are bad: .*0\.png is damaged"):
+        encode(config, listed_images(config))
+    photo(WIDTH_PX, HEIGHT_PX).save(images / "0.png")
+    encode(config, listed_images(config))
+    kept = [file for file, time_ns in written.items() if file.stat().st_mtime_ns == time_ns]
+    assert len(kept) == 2, "nothing is written twice"
+    assert len(list(latents.glob("*.safetensors"))) == 3, "only the changed image's shard is new"
+    assert "encoded 4/4 images" in capsys.readouterr().out
+
+    bench.wiretap.on_request = lambda count, pid: None
+    run = bench.train(run_file)
+    assert [step for step, _ in run.history("loss")] == [1, 2]
+    assert run.record.data.params["dataset.path"] == str(images)
+    assert [step for step, _ in run.history("eval/reward")] == [0, 2]
 
 
 def test_a_stopped_run_says_so_and_leaves_no_worker(bench: Bench) -> None:

@@ -38,11 +38,15 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *named: str) -> No
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["run", "submit", "evaluate"])
+@pytest.mark.parametrize("command", ["run", "submit", "evaluate", "encode"])
 def test_an_unknown_key_is_named(command: str, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(RUN.read_text(encoding="utf-8") + "\nnum_step: 60\n", encoding="utf-8")
     assert_one_line(srpo(command, str(run)), str(run), "num_step", "60")
+
+
+def test_a_run_without_a_dataset_has_nothing_to_encode() -> None:
+    assert_one_line(srpo("encode", str(RUN)), "tiny_srpo.yaml has no dataset")
 
 
 def test_a_missing_run_file_is_named(tmp_path: Path) -> None:

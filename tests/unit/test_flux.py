@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 
+from tests.pictures import tensor_of
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
 from trainer.flux import Conditioning, FluxModel, ModelError, check_model_path
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = HEIGHT_PX, WIDTH_PX
 
 
@@ -50,6 +53,27 @@ def test_decoded_images_lie_in_zero_to_one_and_carry_gradient_to_the_latents_onl
     assert latents.grad is not None
     assert latents.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in flux.vae.parameters())
+
+
+def test_an_encoded_image_is_the_mean_that_diffusers_finds_and_does_not_depend_on_its_batch(flux: FluxModel) -> None:
+    images = torch.rand(3, 3, *SIZE)
+    latents = flux.encode_image(images)
+    mean = flux.vae.encode(images * 2 - 1).latent_dist.mean
+    expected = (mean - flux.vae.config.shift_factor) * flux.vae.config.scaling_factor
+    assert flux.unpack(latents, *SIZE).equal(expected)
+    torch.testing.assert_close(flux.encode_image(images[1:2]), latents[1:2], rtol=0, atol=1e-5)
+    assert not latents.requires_grad
+    with pytest.raises(ModelError, match=r"multiples of 16, not 40 and 48 \(a size of model.sizes likewise\)"):
+        flux.encode_image(torch.rand(1, 3, 40, 48))
+
+
+def test_a_real_vae_alone_gives_a_picture_back() -> None:
+    vae = FluxModel.load_vae(str(ROOT / "deploy/tiny/flux"), torch.float32)
+    with Image.open(ROOT / "deploy/runs/results/before_after.png") as grid:
+        tile = grid.convert("RGB").crop((0, 0, 128, 128)).resize((64, 64), Image.Resampling.BOX)
+    picture = tensor_of(tile)
+    given_back = vae.decode_image(vae.encode_image(picture), 64, 64)
+    assert (given_back - picture).square().mean().sqrt() < 0.1 * picture.std()
 
 
 def test_gradient_checkpointing_changes_no_gradient(flux: FluxModel, flux_folder: Path) -> None:

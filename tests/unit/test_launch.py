@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 import yaml
 
 from reward_server.models import ClipArgs
 from reward_server.worker import Worker, WorkerArgs
 from services.config import load_run_config
+from tests.encoded import write_latents
 from tests.serving import reward_app, serve_app
 from tests.tiny_models import make_tiny_clip
 from trainer.launch import main, with_absolute_paths
@@ -98,6 +100,24 @@ def test_bad_input_is_named_with_its_cure(
     assert_refused(run, named, capsys)
 
 
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [
+        ({"sizes": [[32, 32], [48, 32]]}, ["was encoded for sizes 32 × 32", "32 × 32, 48 × 32", "srpo encode"]),
+        ({"path": "other"}, ["dataset.latents_path", "which is not that of model.path", "srpo encode"]),
+    ],
+)
+def test_latents_of_another_run_are_refused(
+    run: dict[str, Any], size: dict[str, Any], named: list[str], flux_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_latents(Path("latents"), flux_folder, {(32, 32): (torch.zeros(1, 4, 64), ["red heart"])})
+    Path("other/vae").mkdir(parents=True)
+    del run["prompts"]
+    run["dataset"] = {"path": "images", "latents_path": "latents"}
+    run["model"] |= size
+    assert_refused(run, named, capsys)
+
+
 def test_a_reward_that_is_not_served_is_named_with_those_that_are(
     run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +149,11 @@ def test_paths_become_absolute_and_a_hub_id_stays(run: dict[str, Any], tmp_path:
     assert config.prompts is not None
     assert config.prompts.path == config.evaluation.prompts_path == tmp_path / "train.txt"
     assert config.evaluation.judge_path == tmp_path / "judge"
+    del run["prompts"]
+    run["dataset"] = {"path": "images", "latents_path": "latents"}
+    dataset = with_absolute_paths(load_run_config(write(run))).dataset
+    assert dataset is not None
+    assert (dataset.path, dataset.latents_path) == (tmp_path / "images", tmp_path / "latents")
     assert config.output_dir == tmp_path / "outputs"
 
 
