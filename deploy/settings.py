@@ -7,7 +7,9 @@ check_port("serve", 8000)                      # LocalError names the listener a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import random
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,10 +82,16 @@ def check_port(name: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody uses now, nor will by chance before its server starts.
+
+    Outgoing connections take theirs from 32768 up (macOS: 49152), Ray's workers from 10002 to 19999.
+    Raises LocalError where none is found.
+    """
+    for port in random.sample(range(20_000, 32_768), k=100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise LocalError("no free port among 100 between 20000 and 32767")
 
 
 def _listener(port: int) -> str:

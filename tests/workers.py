@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from deploy.settings import free_port
+
 
 def in_workers(num_workers: int, function: Callable[..., Any], *arguments: Any) -> None:
     """Call function(rank, *arguments) in each worker; it joins the process group itself. Raises what one raises."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_worker, (num_workers, port, function, arguments), nprocs=num_workers)
+    spawn(_worker, (num_workers, free_port(), function, arguments), nprocs=num_workers)
 
 
 def _worker(rank: int, num_workers: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

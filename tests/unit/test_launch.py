@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import ray
 import torch
 import yaml
 
+from deploy.settings import free_port
 from reward_server.models import ClipArgs
 from reward_server.worker import Worker, WorkerArgs
 from services.config import load_run_config
@@ -52,12 +52,6 @@ def write(run: dict[str, Any]) -> Path:
     path = Path("run.yaml")
     path.write_text(yaml.safe_dump(run), encoding="utf-8")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(
