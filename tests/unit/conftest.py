@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.tiny_flux import make_tiny_flux
 from trainer.flux import FluxModel
+
+settings.register_profile("patient", deadline=None)  # a busy machine takes its time; only wrong results fail
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.buckets import Size, fit, nearest_size
@@ -21,14 +21,12 @@ def test_the_nearest_shape_wins_and_then_the_nearest_area(size: Size, expected: 
     assert nearest_size(size, SIZES) == expected
 
 
-@settings(deadline=None)
 @given(sides, sides)
 def test_a_picture_on_its_side_goes_to_the_size_on_its_side(height: int, width: int) -> None:
     near, turned = nearest_size((height, width), SIZES), nearest_size((width, height), SIZES)
     assert turned in (near[::-1], near)  # `near` itself only where two sizes are equally near
 
 
-@settings(deadline=None)
 @given(sides, sides, st.sampled_from(SIZES))
 def test_what_is_fitted_has_the_size_and_stays_in_range(height: int, width: int, size: Size) -> None:
     pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)

@@ -74,7 +74,7 @@ image_shapes = st.lists(st.tuples(st.just(3), st.integers(1, 5), st.integers(1, 
     with_gradient=st.booleans(),
     gradient_dtype=st.sampled_from(["float32", "float16"]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_request_survives_the_wire(
     shapes: list[tuple[int, int, int]],
     is_stacked: bool,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_flux import MAX_SEQUENCE_LENGTH, PROMPTS
@@ -47,7 +47,6 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
     return Embeddings.open(folder, MANIFEST)
 
 
-@settings(deadline=None)  # files on a busy machine
 @given(st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=10))
 def test_any_batch_is_read_as_it_was_written(many: Embeddings, prompts: list[str]) -> None:
     found, expected = many.read(prompts, CPU), conditioning_of(tuple(prompts))

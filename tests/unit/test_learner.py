@@ -168,7 +168,7 @@ def test_a_step_is_the_same_in_every_layout(
         assert numbers[key] == pytest.approx(expected_numbers[key], abs=1e-5, rel=1e-5), key
     start = flux.transformer.state_dict()
     assert max((expected_weights[key] - start[key]).abs().max() for key in start) > 1e-4, "the gradient shows"
-    rounding = 1e-6 if name == "grpo" else 1e-7  # an advantage divides by how little the rewards of a group differ
+    rounding = 1e-6 if name == "grpo" else 5e-7  # an advantage divides by how little the rewards of a group differ
     torch.testing.assert_close(dict(weights), dict(expected_weights), rtol=0, atol=rounding)
 
 

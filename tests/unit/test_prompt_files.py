@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.prompt_files import Located, PromptsError, load_prompts, locate_prompts
@@ -42,7 +42,6 @@ def test_a_text_file_is_read_line_by_line(tmp_path: Path) -> None:
 
 
 # what is put into a file comes out of it, with the spaces around it taken off
-@settings(deadline=None)  # files on a busy machine
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip), min_size=1, max_size=5))
 def test_json_lines_and_parquet_hold_any_text(tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> None:
     folder, expected = tmp_path_factory.mktemp("prompts"), tuple(prompt.strip() for prompt in prompts)

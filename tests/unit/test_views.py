@@ -35,7 +35,7 @@ def coordinates(height: int, width: int) -> Tensor:
     return torch.stack([rows, columns, rows])[None].float()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 9))
 def test_crops_are_windows_of_the_image_spread_from_edge_to_edge(height: int, width: int, num_crops: int) -> None:
     crops = native_crops(coordinates(height, width), num_crops, (SIZE_PX, SIZE_PX))
