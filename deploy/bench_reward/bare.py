@@ -38,7 +38,7 @@ def bare_model(folder: Path, num_processes: int, size_px: int) -> Iterator[BareM
 
 def _load(folder: Path) -> None:
     global _clip
-    # Ctrl-C is for the parent: a process that it ended while it holds the pool's lock would make the parent wait forever.
+    # Ctrl-C is for the parent: ended while it holds the pool's lock, a process would make the parent wait forever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     _clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def test_latents_of_another_run_are_refused(
 ) -> None:
     write_latents(Path("latents"), flux_folder, {(32, 32): (torch.zeros(1, 4, 64), ["red heart"])})
     Path("other/vae").mkdir(parents=True)
-    Path("other/model_index.json").write_text("{}", encoding="utf-8")
+    shutil.copy(flux_folder / "model_index.json", "other")
     del run["prompts"]
     run["dataset"] = {"path": "images", "latents_path": "latents"}
     run["model"] |= size
