@@ -41,7 +41,8 @@ def rewards_of(pictures: list[str], reward_url: str) -> list[float]:
     with RewardClient(reward_url) as client:
         pair, tiny = PromptPair("cat", "3D", "Flat"), WeightedReward("tiny-clip")
         images = [read_picture(Path(file)) for file in pictures]
-        return [float(client.score(RewardRequest((image,), (pair,), (0.0,), (tiny,))).rewards[0]) for image in images]
+        asked = [RewardRequest((image,), (pair,), (0.0,), (tiny,), with_gradient=False) for image in images]
+        return [float(client.score(each).rewards[0]) for each in asked]
 
 
 def test_score_prints_a_row_for_each_file_in_their_order(
