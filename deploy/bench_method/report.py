@@ -24,13 +24,13 @@ from deploy.settings import ROOT
 _RESULTS = ROOT / "deploy" / "runs" / "results"
 _README, _LOG = ROOT / "README.md", ROOT / "deploy" / "runs" / "LOG.md"
 _LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed")
-_NUM_PICTURES, _LABEL_PX = 10, 160
+_NUM_PICTURES, _LABEL_PX = 10, 180
 
 
 def write_report(
     plan: Plan, methods: Sequence[Row], sweep: Sequence[Row], ablations: Sequence[Row], folder: Path
 ) -> None:
-    """method.json, both texts, and the picture of the first seed out of `folder`."""
+    """method.json, both texts, and pictures out of `folder`: of the first seed, and of every learning rate."""
     stages = {"methods": methods, "sweep": sweep, "ablations": ablations}
     summary = {
         "plan": json.loads(plan.model_dump_json()),
@@ -43,9 +43,11 @@ def write_report(
     for file in (_README, _LOG):
         between(file, "bench-method", table)
     between(_LOG, "bench-method-sweep", table_of(sweep, extra=""))
-    between(_LOG, "bench-method-ablations", table_of(ablations, extra="early"))
+    between(_LOG, "bench-method-ablations", table_of([row for row in ablations if row.results], extra="early"))
     strips = [(row.label, row.results[0]) for row in methods if row.results]
     picture(strips, folder, plan.test_images_per_prompt).save(_RESULTS / "method.png")
+    swept = [(f"{row.label} {_rate(row)}", row.results[0]) for row in sweep if row.results]
+    picture(swept, folder, num_images_per_prompt=1).save(_RESULTS / "method_sweep.png")
 
 
 def between(file: Path, marker: str, text: str) -> None:
