@@ -104,7 +104,9 @@ def main(names: list[str]) -> None:
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32).eval()
+    vae.register_to_config(_name_or_path="")  # or the generator's folder would tell where it was trained
+    return vae
 
 
 def _views() -> torch.Tensor:
