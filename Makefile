@@ -47,7 +47,7 @@ check: setup  ## format, lint, types, import rules
 	.venv/bin/lint-imports
 	.venv/bin/hadolint deploy/Dockerfile
 
-test: setup  ## all tests, with real components (17 minutes on 2 cores)
+test: setup  ## all tests, with real components (about 18 minutes on 2 cores)
 	.venv/bin/pytest
 
 conflicting: setup  ## test ImageReward and HPS v3 in environments of their own, made the first time
