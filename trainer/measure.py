@@ -33,7 +33,7 @@ from trainer.guards import (
 # images (num_images, 3, height, width) uint8 and a prompt each -> similarities (num_images,) under the positive and
 # under the negative word
 Similarities = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
-_STATISTICS = ("saturation", "dark_share", "edge_density", "colour_entropy")
+_STATISTICS = ("saturation", "dark_share", "edge_density", "colour_entropy", "lattice_share")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _BATCH = 32  # pictures measured at a time
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deploy.bench_method.plan import Plan
-from deploy.bench_method.results import FIDELITY, Result, Row
+from deploy.bench_method.results import FIDELITY, LATTICE, Result, Row
 from deploy.settings import ROOT
 
 _RESULTS = ROOT / "deploy" / "runs" / "results"
@@ -72,6 +72,7 @@ def table_of(rows: Sequence[Row], *, extra: str) -> str:
         "subject in top 5": lambda row: row.estimate(FIDELITY).told(percent=True),
         f"Fréchet to real {wanted}": lambda row: row.estimate(f"frechet_{wanted}").told(digits=1),
         "diversity": lambda row: row.estimate("diversity_seeds").told(digits=2),
+        "lattice": lambda row: row.estimate(LATTICE).told(percent=True, digits=1),
         "CPU-s": lambda row: row.estimate("cpu_s").told(),
     }
     for name, key in ((f"{wanted} at a third", "early"), ("diversity", "diversity")):

@@ -10,6 +10,8 @@ from typing import Any
 
 FIDELITY = "subject_top5"
 _LEAST_FIDELITY = 0.9  # of the base model's
+LATTICE = "lattice_share"
+_MOST_LATTICE = 1.25  # of the base model's: people see the lattice, the judges do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +62,26 @@ class Result:
 
 
 def best_learning_rate(base: Result, swept: Sequence[Result]) -> float:
-    """That of the largest target share among runs whose fidelity is at least 90 % of the base model's.
+    """That of the largest target share among runs that are faithful and clean; where none is, the lowest.
 
-    Where none is, that of the highest reward. Raises ValueError where all runs broke down.
+    Faithful: fidelity is at least 90 % of the base model's; clean: its pictures' lattice_share is at most 125 %.
+    Raises ValueError where all runs broke down.
     """
     whole = [each for each in swept if each.is_whole]
     if not whole:
         raise ValueError(f"every learning rate broke down: {[each.told for each in swept]}")
-    least = _LEAST_FIDELITY * base.check()[FIDELITY]
-    faithful = [each for each in whole if each.check()[FIDELITY] >= least]
-    if faithful:
-        return max(faithful, key=lambda each: each.share).learning_rate
-    return max(whole, key=lambda each: each.check()["reward"]).learning_rate
+    allowed = [each for each in whole if is_faithful(base, each) and is_clean(base, each)]
+    if allowed:
+        return max(allowed, key=lambda each: each.share).learning_rate
+    return min(each.learning_rate for each in whole)
+
+
+def is_faithful(base: Result, result: Result) -> bool:
+    return result.check()[FIDELITY] >= _LEAST_FIDELITY * base.check()[FIDELITY]
+
+
+def is_clean(base: Result, result: Result) -> bool:
+    return result.check()[LATTICE] <= _MOST_LATTICE * base.check()[LATTICE]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,9 @@ def tasks(plan: Plan) -> list[Task]:
     return found + [ablation_task(plan, each, 1e-5, 0) for each in plan.ablations]
 
 
-def result_of(task: Task, share: float, fidelity: float = 0.4, reward: float = 0.1, **found: Any) -> Result:
-    numbers = {"style_share_3D": share, "subject_top5": fidelity, "reward": reward, "frechet_3D": 40 * (1 - share)}
-    numbers |= {"judge_log_probability": -1.0, "diversity_seeds": 3.0}
+def result_of(task: Task, share: float, fidelity: float = 0.4, lattice: float = 0.04, **found: Any) -> Result:
+    numbers = {"style_share_3D": share, "subject_top5": fidelity, "reward": 0.1, "frechet_3D": 40 * (1 - share)}
+    numbers |= {"judge_log_probability": -1.0, "diversity_seeds": 3.0, "lattice_share": lattice}
     checks = [{"cpu_s": 30.0, "num_steps": 17, "numbers": numbers}]
     return Result({"task": task.model_dump(mode="json"), "checks": checks, "error": None} | found)
 
@@ -62,12 +62,14 @@ def test_changes_go_over_a_tree_section_by_section() -> None:
     assert merged({"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}, "d": 2}
 
 
-def test_the_best_rate_has_the_largest_share_among_the_faithful(plan: Plan) -> None:
+def test_the_best_rate_has_the_largest_share_among_the_faithful_and_clean(plan: Plan) -> None:
     base = result_of(base_task(plan, plan.validation_path, 0), 0.1)
     slow, good, far = (sweep_task(plan, plan.methods[0], rate) for rate in (1e-5, 1e-4, 1e-3))
     swept = [result_of(slow, 0.3), result_of(good, 0.5, 0.37), result_of(far, 0.9, 0.35)]
     assert best_learning_rate(base, swept) == 1e-4
-    assert best_learning_rate(base, [result_of(slow, 0.3, 0.1, 0.2), result_of(far, 0.2, 0.0, 0.4)]) == 1e-3
+    latticed = result_of(far, 0.9, lattice=0.06)
+    assert best_learning_rate(base, [swept[0], latticed]) == 1e-5
+    assert best_learning_rate(base, [result_of(good, 0.5, 0.1), latticed]) == 1e-4
     broken = result_of(far, 0.9, error="the loss is nan")
     assert best_learning_rate(base, [swept[0], broken]) == 1e-5
     with pytest.raises(ValueError, match="every learning rate broke down"):

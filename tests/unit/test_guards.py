@@ -60,6 +60,18 @@ def test_a_larger_copy_has_the_same_colours_and_the_same_share_of_dark() -> None
         torch.testing.assert_close(picture_statistics(large)[name], picture_statistics(images)[name])
 
 
+def test_lattice_share_is_the_power_at_the_multiples_of_a_tokens_frequency() -> None:
+    images = torch.randint(0, 256, (3, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images[1] = images[1, :, :16, :16].repeat(1, 4, 3)
+    luma = torch.einsum("nchw,c->nhw", images.double() / 255, torch.tensor([0.299, 0.587, 0.114]).double())
+    power = torch.fft.fft2(luma).abs() ** 2
+    power[:, 0, 0] = 0
+    expected = power[:, ::4, ::3].sum(dim=(1, 2)) / power.sum(dim=(1, 2))
+    torch.testing.assert_close(picture_statistics(images)["lattice_share"], expected)
+    assert expected[1] == pytest.approx(1.0)
+    assert picture_statistics(flat((9, 9, 9), size=64))["lattice_share"].item() == pytest.approx(0.0)
+
+
 def test_fixed_features_are_the_mean_colours_of_cells_and_see_layout() -> None:
     image = flat((255, 0, 0))
     features = picture_features(image)
@@ -97,7 +109,7 @@ def test_common_mode_is_what_the_difference_does_not_see() -> None:
     assert common_mode(negative, positive).equal(common_mode(positive, negative))
 
 
-@pytest.mark.parametrize("name", ["saturation", "dark_share", "edge_density", "colour_entropy"])
+@pytest.mark.parametrize("name", ["saturation", "dark_share", "edge_density", "colour_entropy", "lattice_share"])
 def test_statistics_are_finite_one_an_image_and_within_their_bounds(name: str) -> None:
     values = picture_statistics(torch.cat([noise(), noise().clamp(max=3), noise().clamp(min=250)]))[name]
     assert values.shape == (12,)
