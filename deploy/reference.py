@@ -120,9 +120,10 @@ class Reference:
         return list(islice(cycle(both), self.facts["num_branches"]))
 
     def score(
-        self, _: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]
+        self, _: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...], with_gradient: bool
     ) -> RewardResponse:
-        """The stand-in reward with its gradient, as a service would answer."""
+        """The stand-in reward with its gradient, as a service would answer that was asked for one."""
+        assert with_gradient
         leaf = torch.tensor(images, requires_grad=True)
         pooled = adaptive_avg_pool2d(leaf, _POOLED_PX).flatten(1)
         features = normalize(pooled @ self.tensors["reward.W"].T, dim=-1)

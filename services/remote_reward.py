@@ -36,10 +36,27 @@ def remote_reward(
         pairs=tuple(pairs),
         preference_scales=(preference_scale,) * len(pairs),
         rewards=(WeightedReward(reward),) if isinstance(reward, str) else reward,
-        with_gradient=images.requires_grad and torch.is_grad_enabled(),
+        with_gradient=need_gradient(images),
     )
-    response = client.score(request)
-    return attach_gradient(images, response) if request.with_gradient else _tensor(response.rewards, images)
+    return rewards_of(images, client.score(request))
+
+
+def need_gradient(images: Tensor) -> bool:
+    """Whether anybody will ask for the gradient of what is made of these images."""
+    return images.requires_grad and torch.is_grad_enabled()
+
+
+def rewards_of(images: Tensor, response: RewardResponse) -> Tensor:
+    """The answer's rewards (batch,), with graph where the images have one.
+
+    Raises ValueError as attach_gradient does, and where a reward is not finite.
+    """
+    if need_gradient(images):
+        return attach_gradient(images, response)
+    rewards = _tensor(response.rewards, images)
+    if not torch.isfinite(rewards).all():
+        raise ValueError(f"reward {response.scorers} answered non-finite numbers (request {response.request_id})")
+    return rewards
 
 
 def attach_gradient(images: Tensor, response: RewardResponse) -> Tensor:

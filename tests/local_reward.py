@@ -28,7 +28,7 @@ class LocalReward:
     asked: list[tuple[str, tuple[PromptPair, ...], tuple[float, ...]]] = field(default_factory=list)
 
     def __call__(
-        self, name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]
+        self, name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...], with_gradient: bool
     ) -> RewardResponse:
         self.asked.append((name, pairs, scales))
         leaf = torch.tensor(images, requires_grad=True)
@@ -37,7 +37,8 @@ class LocalReward:
         rewards = (1 + torch.tensor(scales)) * positive - negative
         (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
         values = [value.detach().numpy() for value in (rewards, positive, negative)]
-        return RewardResponse(values[0], values[1][None], values[2][None], gradient.numpy(), (name,), "0")
+        given = gradient.numpy() if with_gradient else None
+        return RewardResponse(values[0], values[1][None], values[2][None], given, (name,), "0")
 
     def _each(self, images: Tensor, texts: list[str]) -> Tensor:
         names = texts if self.reads_text else [""] * len(texts)

@@ -24,18 +24,18 @@ from torch import Tensor
 
 from services.contract import Float32, PromptPair, RewardResponse
 from services.objective import BranchName, ObjectiveKind, RewardConfig
-from services.remote_reward import attach_gradient
+from services.remote_reward import need_gradient, rewards_of
 
-# a reward's name, images (batch, 3, height, width) in [0, 1], a pair and a preference_scale for each
-Score = Callable[[str, Float32, tuple[PromptPair, ...], tuple[float, ...]], RewardResponse]
+# a reward's name, images (batch, 3, height, width) in [0, 1], a pair and a preference_scale for each, with_gradient
+Score = Callable[[str, Float32, tuple[PromptPair, ...], tuple[float, ...], bool], RewardResponse]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
     """What one reward says of a batch, both (batch,).
 
-    rewards: the branch's, with a graph to the images. differences: by how much the wanted side of the pair is liked
-    better than the other, whatever the branch, without graph.
+    rewards: the branch's, with a graph to the images where these need a gradient. differences: by how much the wanted
+    side of the pair is liked better than the other, whatever the branch, without graph.
     """
 
     rewards: Tensor
@@ -63,21 +63,21 @@ class BranchReward:
     def judge(self, images: Tensor, pairs: tuple[PromptPair, ...], image_noise: Tensor | None, score: Score) -> Judged:
         """Rewards of images (batch, 3, height, width) in [0, 1] under the run's pairs, one each.
 
-        Raises ValueError, naming the reward, where an answer would train noise: no gradient, numbers that are not
-        finite, or a kind of reward that RewardConfig.pair does not fit.
+        Raises ValueError, naming the reward, where an answer would train noise: no gradient where the images need
+        one, numbers that are not finite, or a kind of reward that RewardConfig.pair does not fit.
         """
         if self.reward.ignores_tint:
             images = hold_tint(images)
         if self.reward.pair == "noised_image":
             return self._against_noised(images, pairs, image_noise, score)
         asked, scales = self.ask(pairs)
-        response = score(self.reward.name, _array(images), asked, scales)
+        response = score(self.reward.name, _array(images), asked, scales, need_gradient(images))
         if not response.negative_similarities.any():
             raise ValueError(f"reward {self.reward.name} reads no text: set its pair to noised_image")
         differences = torch.tensor(
             response.positive_similarities[0] - response.negative_similarities[0], device=images.device
         )
-        return Judged(attach_gradient(images, response), self._sign * differences)
+        return Judged(rewards_of(images, response), self._sign * differences)
 
     def ask(self, pairs: tuple[PromptPair, ...]) -> tuple[tuple[PromptPair, ...], tuple[float, ...]]:
         """The pairs and scales of the request: the table at the top of this file."""
@@ -113,10 +113,10 @@ class BranchReward:
 
     def _image_values(self, images: Tensor, pairs: tuple[PromptPair, ...], score: Score) -> Tensor:
         """A reward that reads no text answers (1 + k) times its value of the image, and 0 as negative similarity."""
-        response = score(self.reward.name, _array(images), pairs, (0.0,) * len(pairs))
+        response = score(self.reward.name, _array(images), pairs, (0.0,) * len(pairs), need_gradient(images))
         if response.negative_similarities.any():
             raise ValueError(f"reward {self.reward.name} reads text: set its pair to words")
-        return attach_gradient(images, response)
+        return rewards_of(images, response)
 
 
 def hold_tint(images: Tensor) -> Tensor:

@@ -264,9 +264,14 @@ class Worker:
         return min(self.config.evaluation.num_grid_images, len(self._held_out.prompts))
 
     def _score(
-        self, reward: str, images: Float32, pairs: tuple[PromptPair, ...], preference_scales: tuple[float, ...]
+        self,
+        reward: str,
+        images: Float32,
+        pairs: tuple[PromptPair, ...],
+        scales: tuple[float, ...],
+        with_gradient: bool,
     ) -> RewardResponse:
-        return self._client.score(RewardRequest(images, pairs, preference_scales, (WeightedReward(reward),)))
+        return self._client.score(RewardRequest(images, pairs, scales, (WeightedReward(reward),), with_gradient))
 
     def _write_model(self, policy: nn.Module) -> None:
         self._flux.save_pipeline(whole(policy, self.config.finetune), self._folder / "model")

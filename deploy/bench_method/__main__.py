@@ -30,15 +30,16 @@ from deploy.bench_method.plan import (
     ablation_task,
     base_task,
     final_task,
+    hacking_task,
     load_plan,
     sweep_task,
 )
-from deploy.bench_method.report import write_report
+from deploy.bench_method.report import guards_told, write_report
 from deploy.bench_method.results import Result, Row, best_learning_rate
 from deploy.settings import ROOT
 
 PLAN = ROOT / "deploy" / "bench_method" / "plan.yaml"
-STAGES = ("sweep", "final", "ablate", "report")
+STAGES = ("sweep", "final", "ablate", "hack", "report")
 
 
 class BenchError(RuntimeError):
@@ -71,6 +72,10 @@ class Bench:
         tasks += [ablation_task(plan, each, rate, seed) for seed in plan.ablation_seeds for each in plan.ablations]
         self._run("ablate", tasks)
 
+    def hack(self) -> None:
+        plan = self.plan
+        self._run("hack", [base_task(plan, plan.validation_path, plan.sweep_seed), hacking_task(plan)])
+
     def report(self) -> None:
         """Tables, numbers and pictures out of the runs that are there; rows without runs say so."""
         plan, validation = self.plan, self.plan.validation_path
@@ -91,7 +96,17 @@ class Bench:
             Row.of(each.name, rate, [self.result(ablation_task(plan, each, rate, seed)) for seed in seeds])
             for each in plan.ablations
         ]
-        write_report(plan, methods, sweep, ablations, self.out)
+        write_report(plan, methods, sweep, ablations, self._guards(methods), self.out)
+
+    def _guards(self, methods: Sequence[Row]) -> str:
+        plan = self.plan
+        base = self.result(base_task(plan, plan.validation_path, plan.sweep_seed))
+        hacking = self.result(hacking_task(plan))
+        if base is None or hacking is None:
+            return "Not run."
+        bases = {each.seed: each for each in methods[0].results}
+        healthy = [(bases[each.seed], each) for row in methods[1:] for each in row.results if each.seed in bases]
+        return guards_told(base, hacking, healthy, plan)
 
     def learning_rate(self, method: str) -> float:
         """The best of the sweep. Raises BenchError where a run of it is missing."""
@@ -157,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)[0]!r}: take {', '.join(STAGES)}")
     bench = Bench(load_plan(args.plan), args.out.resolve())
-    stages = {"sweep": bench.sweep, "final": bench.final, "ablate": bench.ablate}
+    stages = {"sweep": bench.sweep, "final": bench.final, "ablate": bench.ablate, "hack": bench.hack}
     wanted = args.stages or STAGES
     try:
         for name, stage in stages.items():

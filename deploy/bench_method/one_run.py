@@ -55,9 +55,9 @@ class InProcess:
         return answer
 
     def __call__(
-        self, name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]
+        self, name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...], with_gradient: bool
     ) -> RewardResponse:
-        return self.score(RewardRequest(images, pairs, scales, (WeightedReward(name),)))
+        return self.score(RewardRequest(images, pairs, scales, (WeightedReward(name),), with_gradient))
 
 
 class Run:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field
 
 from deploy.settings import ROOT
-from services.config import RunConfig
+from services.config import RunConfig, StopRuleConfig
 from services.objective import Frozen, Positive, PositiveFloat, Word
 
 # judged once by the same process that trains: no Ray, no service, no guard
@@ -42,6 +42,9 @@ class Plan(Frozen):
     ablated: Word
     ablation_seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     ablations: tuple[Variant, ...]
+    hacking: Variant
+    num_hacking_checks: Annotated[int, Field(ge=2)]
+    stop_when: Annotated[tuple[StopRuleConfig, ...], Field(min_length=1)]
 
     def method(self, name: str) -> Variant:
         return next(each for each in self.methods if each.name == name)
@@ -77,7 +80,7 @@ def sweep_task(plan: Plan, method: Variant, learning_rate: float) -> Task:
 def final_task(plan: Plan, method: Variant, learning_rate: float, seed: int) -> Task:
     name = f"final-{_slug(method.name)}-{seed}"
     config = _config(plan, method.changes, plan.test_path, seed, learning_rate, name)
-    return Task(name=name, config=config, checks_at_cpu_s=(plan.budget_cpu_s,))
+    return Task(name=name, config=config, checks_at_cpu_s=_early_and_end(plan))
 
 
 def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int) -> Task:
@@ -85,8 +88,19 @@ def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int
     name = f"ablation-{_slug(ablation.name)}-{seed}"
     changes = merged(plan.method(plan.ablated).changes, ablation.changes)
     config = _config(plan, changes, plan.validation_path, seed, learning_rate, name)
-    checks = plan.early_share * plan.budget_cpu_s, plan.budget_cpu_s
-    return Task(name=name, config=config, checks_at_cpu_s=checks)
+    return Task(name=name, config=config, checks_at_cpu_s=_early_and_end(plan))
+
+
+def hacking_task(plan: Plan) -> Task:
+    """The run that the rules must end, judged often."""
+    (learning_rate,), name = plan.hacking.learning_rates, "hacking"
+    config = _config(plan, plan.hacking.changes, plan.validation_path, plan.sweep_seed, learning_rate, name)
+    checks = [plan.budget_cpu_s * number / plan.num_hacking_checks for number in range(1, plan.num_hacking_checks + 1)]
+    return Task(name=name, config=config, checks_at_cpu_s=tuple(checks))
+
+
+def _early_and_end(plan: Plan) -> tuple[float, float]:
+    return plan.early_share * plan.budget_cpu_s, plan.budget_cpu_s
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

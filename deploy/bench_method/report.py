@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deploy.bench_method.plan import Plan
-from deploy.bench_method.results import FIDELITY, LATTICE, Result, Row
+from deploy.bench_method.results import FIDELITY, LATTICE, Result, Row, broken_rules
 from deploy.settings import ROOT
 
 _RESULTS = ROOT / "deploy" / "runs" / "results"
@@ -28,7 +28,7 @@ _NUM_PICTURES, _LABEL_PX = 10, 180
 
 
 def write_report(
-    plan: Plan, methods: Sequence[Row], sweep: Sequence[Row], ablations: Sequence[Row], folder: Path
+    plan: Plan, methods: Sequence[Row], sweep: Sequence[Row], ablations: Sequence[Row], guards: str, folder: Path
 ) -> None:
     """method.json, both texts, and pictures out of `folder`: of the first seed, and of every learning rate."""
     stages = {"methods": methods, "sweep": sweep, "ablations": ablations}
@@ -39,11 +39,12 @@ def write_report(
         **{stage: [_as_json(row) for row in rows] for stage, rows in stages.items()},
     }
     (_RESULTS / "method.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    table = table_of(methods, extra="diversity")
+    table = table_of(methods)
     for file in (_README, _LOG):
         between(file, "bench-method", table)
-    between(_LOG, "bench-method-sweep", table_of(sweep, extra=""))
-    between(_LOG, "bench-method-ablations", table_of([row for row in ablations if row.results], extra="early"))
+        between(file, "bench-method-guards", guards)
+    between(_LOG, "bench-method-sweep", table_of(sweep))
+    between(_LOG, "bench-method-ablations", table_of([row for row in ablations if row.results]))
     strips = [(row.label, row.results[0]) for row in methods if row.results]
     picture(strips, folder, plan.test_images_per_prompt).save(_RESULTS / "method.png")
     swept = [(f"{row.label} {_rate(row)}", row.results[0]) for row in sweep if row.results]
@@ -60,24 +61,28 @@ def between(file: Path, marker: str, text: str) -> None:
     file.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{end}", whole), encoding="utf-8")
 
 
-def table_of(rows: Sequence[Row], *, extra: str) -> str:
-    """Markdown; `extra` is the column that not all tables have: "", "early" or "diversity"."""
+def table_of(rows: Sequence[Row]) -> str:
+    """Markdown; with columns of the early check where trained rows have one."""
     wanted = next(row.results[0].wanted for row in rows if row.results)
+    share = f"style_share_{wanted}"
+    is_early = any(len(row.results[0].found["checks"]) > 1 for row in rows if row.results)
     columns = {
         "steps": lambda row: row.estimate("num_steps").told(),
-        wanted: lambda row: row.estimate(f"style_share_{wanted}").told(percent=True),
-        f"{wanted} at a third": lambda row: row.estimate(f"style_share_{wanted}", 0).told(percent=True),
+        wanted: lambda row: row.estimate(share).told(percent=True),
+        f"{wanted} at a third": lambda row: row.estimate(share, 0).told(percent=True),
         "reward": lambda row: row.estimate("reward").told(digits=3),
         f"judge's log p({wanted})": lambda row: row.estimate("judge_log_probability").told(digits=2),
         "subject in top 5": lambda row: row.estimate(FIDELITY).told(percent=True),
+        "subject at a third": lambda row: row.estimate(FIDELITY, 0).told(percent=True),
         f"Fréchet to real {wanted}": lambda row: row.estimate(f"frechet_{wanted}").told(digits=1),
-        "diversity": lambda row: row.estimate("diversity_seeds").told(digits=2),
         "lattice": lambda row: row.estimate(LATTICE).told(percent=True, digits=1),
+        "diversity": lambda row: row.estimate("diversity_seeds").told(digits=2),
         "CPU-s": lambda row: row.estimate("cpu_s").told(),
     }
-    for name, key in ((f"{wanted} at a third", "early"), ("diversity", "diversity")):
-        if extra != key:
-            del columns[name]
+    if not is_early:
+        columns = {name: tell for name, tell in columns.items() if not name.endswith("at a third")}
+    if any("diversity_seeds" not in row.results[0].check() for row in rows if row.results):
+        del columns["diversity"]
     head = ["", "learning rate", *columns]
     lines = [head, ["---"] * len(head)]
     for row in rows:
@@ -85,6 +90,27 @@ def table_of(rows: Sequence[Row], *, extra: str) -> str:
         cells = [tell(row) for tell in columns.values()] if row.results else [row.trouble] + [""] * (len(columns) - 1)
         lines.append([label, _rate(row), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def guards_told(base: Result, hacking: Result, healthy: Sequence[tuple[Result, Result]], plan: Plan) -> str:
+    """What the rules say of the hacking run and of healthy ones (each with its base model), as Markdown."""
+    rules = plan.stop_when
+    lines = [f"`{plan.hacking.name}` at {plan.hacking.learning_rates[0]:g}, judged {plan.num_hacking_checks} times:"]
+    if found := broken_rules(base, hacking, rules):
+        index, rule = found[0]
+        first, then, last = base.check(), hacking.check(index), hacking.check()
+        steps, cpu_s = f"{then['num_steps']} of {last['num_steps']} steps", f"{then['cpu_s']:.0f} CPU-s"
+        lines[0] += f" flagged after {steps}, {cpu_s}, by {rule.metric.removeprefix('guard/')} {rule.told}."
+        lines += ["", "| | base | when flagged | at the end | share of the drift |", "| --- | --- | --- | --- | --- |"]
+        for name in (f"frechet_{hacking.wanted}", LATTICE, "common_mode", FIDELITY, f"style_share_{hacking.wanted}"):
+            drift = (then[name] - first[name]) / (last[name] - first[name]) if last[name] != first[name] else 0.0
+            lines.append(f"| {name} | {first[name]:.3g} | {then[name]:.3g} | {last[name]:.3g} | {drift:.0%} |")
+    else:
+        lines[0] += " not flagged."
+    flagged = [each.name for own_base, each in healthy if broken_rules(own_base, each, rules)]
+    names = ": " + ", ".join(flagged) if flagged else ""
+    lines += ["", f"Of the {len(healthy)} runs of the table {len(flagged)} are flagged{names}."]
+    return "\n".join(lines)
 
 
 def _rate(row: Row) -> str:

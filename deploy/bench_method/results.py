@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from services.config import StopRuleConfig
+from trainer.stop_rules import Check, is_violated
+
 FIDELITY = "subject_top5"
 _LEAST_FIDELITY = 0.9  # of the base model's
 LATTICE = "lattice_share"
@@ -82,6 +85,20 @@ def is_faithful(base: Result, result: Result) -> bool:
 
 def is_clean(base: Result, result: Result) -> bool:
     return result.check()[LATTICE] <= _MOST_LATTICE * base.check()[LATTICE]
+
+
+def broken_rules(base: Result, result: Result, rules: Sequence[StopRuleConfig]) -> list[tuple[int, StopRuleConfig]]:
+    """Index of each check that is beyond a rule's bound, and the rule; as the guard of a run would have found them."""
+    found = [base.found["checks"][-1], *result.found["checks"]]
+    checks = [_as_the_guard_sees(check, result.wanted) for check in found]
+    return [
+        (index, rule) for index, check in enumerate(checks[1:]) for rule in rules if is_violated(rule, checks, check)
+    ]
+
+
+def _as_the_guard_sees(check: dict[str, Any], wanted: str) -> Check:
+    numbers = check["numbers"] | {"frechet_wanted": check["numbers"][f"frechet_{wanted}"]}
+    return Check(check["num_steps"], {f"guard/{name}": number for name, number in numbers.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from deploy.bench_method.__main__ import PLAN, Bench
-from deploy.bench_method.plan import Plan, Task, ablation_task, base_task, final_task, load_plan, merged, sweep_task
-from deploy.bench_method.report import between, picture, table_of
+from deploy.bench_method.plan import (
+    Plan,
+    Task,
+    ablation_task,
+    base_task,
+    final_task,
+    hacking_task,
+    load_plan,
+    merged,
+    sweep_task,
+)
+from deploy.bench_method.report import between, guards_told, picture, table_of
 from deploy.bench_method.results import Estimate, Result, Row, best_learning_rate
 
 
@@ -28,14 +37,21 @@ def tasks(plan: Plan) -> list[Task]:
         rates = plan.learning_rates_of(method)
         found += [sweep_task(plan, method, rate) for rate in rates]
         found += [final_task(plan, method, rates[0], seed) for seed in plan.seeds]
-    return found + [ablation_task(plan, each, 1e-5, 0) for each in plan.ablations]
+    return [*found, hacking_task(plan), *(ablation_task(plan, each, 1e-5, 0) for each in plan.ablations)]
 
 
-def result_of(task: Task, share: float, fidelity: float = 0.4, lattice: float = 0.04, **found: Any) -> Result:
+def result_of(
+    task: Task, share: float, fidelity: float = 0.4, lattice: float = 0.04, error: str | None = None, **more: float
+) -> Result:
     numbers = {"style_share_3D": share, "subject_top5": fidelity, "reward": 0.1, "frechet_3D": 40 * (1 - share)}
-    numbers |= {"judge_log_probability": -1.0, "diversity_seeds": 3.0, "lattice_share": lattice}
+    numbers |= {
+        "judge_log_probability": -1.0,
+        "diversity_seeds": 3.0,
+        "lattice_share": lattice,
+        "common_mode": 0.3,
+    } | more
     checks = [{"cpu_s": 30.0, "num_steps": 17, "numbers": numbers}]
-    return Result({"task": task.model_dump(mode="json"), "checks": checks, "error": None} | found)
+    return Result({"task": task.model_dump(mode="json"), "checks": checks, "error": error})
 
 
 def test_every_task_is_a_run_with_a_name_of_its_own(tasks: list[Task]) -> None:
@@ -97,12 +113,30 @@ def test_a_table_says_what_is_missing(plan: Plan) -> None:
     runs = [result_of(final_task(plan, method, 1e-4, seed), share) for seed, share in ((1, 0.4), (2, 0.6))]
     rows = [Row.of("whole", 1e-4, runs), Row.of("short", 1e-4, [*runs, None]), Row.of("none", None, [None])]
     broken = Row.of("broken", 1e-3, [result_of(final_task(plan, method, 1e-3, 1), 0.4, error="nan")])
-    lines = table_of([*rows, broken], extra="diversity").splitlines()
+    lines = table_of([*rows, broken]).splitlines()
     assert "| whole | 1e-4 | 17 ± 0 | 50 ± 10 % |" in lines[2]
     assert "short (2 of 3 seeds)" in lines[3]
     assert "| none | – | not run |" in lines[4]
     assert "| broken | 1e-3 | broke down |" in lines[5]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_guards_flag_a_run_at_its_first_check_beyond_a_bound_and_clear_the_others(plan: Plan) -> None:
+    base = result_of(base_task(plan, plan.validation_path, 0), 0.1, frechet_Flat=4.0, style_share_Flat=0.6)
+    drifts = [(0.05, 4.5), (0.09, 4.8), (0.04, 24.0)]
+    each = [
+        result_of(hacking_task(plan), 0.1, lattice=lattice, style_share_Flat=0.5, frechet_Flat=frechet).found["checks"]
+        for lattice, frechet in drifts
+    ]
+    hacking = result_of(hacking_task(plan), 0.1)
+    hacking.found["checks"] = [check for (check,) in each]
+    sound, latticed = (result_of(final_task(plan, plan.methods[0], 1e-4, 1), 0.5, lattice=n) for n in (0.05, 0.07))
+    told = guards_told(base, hacking, [(base, sound), (base, latticed)], plan)
+    assert "by lattice_share rises_by 0.5" in told
+    assert "| frechet_Flat | 4 | 4.8 | 24 | 4% |" in told
+    assert f"Of the 2 runs of the table 1 are flagged: {latticed.name}." in told
+    hacking.found["checks"] = each[0]
+    assert "not flagged" in guards_told(base, hacking, [(base, sound)], plan)
 
 
 def test_text_between_markers_is_replaced(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from services.config import RunConfig
-from services.contract import Float32, PromptPair, RewardResponse
+from services.contract import RewardResponse
 from tests.encoded import write_latents
 from tests.local_reward import LocalReward
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
@@ -93,8 +93,8 @@ def make_run(folder: Path, name: str, num_workers: int, micro_batch: int, zero_s
     return RunConfig.model_validate(run)
 
 
-def score(name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]) -> RewardResponse:
-    return LocalReward(reads_text=name != "beauty")(name, images, pairs, scales)
+def score(name: str, *asked: Any) -> RewardResponse:
+    return LocalReward(reads_text=name != "beauty")(name, *asked)
 
 
 def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
@@ -189,14 +189,12 @@ def break_steps(rank: int, run: RunConfig) -> None:
     from trainer.learner import Learner, num_backwards
     from trainer.step_learner import StepError
 
-    def spoiled(name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]) -> RewardResponse:
-        response = score(name, images, pairs, scales)
+    def spoiled(name: str, *asked: Any) -> RewardResponse:
+        response = score(name, *asked)
         return replace(response, rewards=response.rewards * math.nan)
 
-    def enormous(
-        name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...]
-    ) -> RewardResponse:
-        response = score(name, images, pairs, scales)
+    def enormous(name: str, *asked: Any) -> RewardResponse:
+        response = score(name, *asked)
         assert isinstance(response.image_gradient, np.ndarray)
         return replace(response, image_gradient=np.full_like(response.image_gradient, 1e38))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import math
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from services.contract import PromptPair
+from services.contract import PromptPair, RewardResponse
 from services.objective import BranchName, ControlWordsConfig, ObjectiveKind, RewardConfig
 from tests.local_reward import LocalReward, similarity
 from trainer.reward_loss import BranchReward, Judged
@@ -124,3 +126,29 @@ def test_hinge_is_flat_beyond_the_margin_and_where_satisfied() -> None:
 def test_a_pair_that_does_not_fit_the_reward_is_refused(reward: RewardConfig, reads_text: bool, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         BranchReward(reward, "srp", "denoise", SCALE).judge(images(), PAIRS, image_noise(), LocalReward(reads_text))
+
+
+def test_a_gradient_is_asked_for_only_where_somebody_needs_it() -> None:
+    asked = []
+
+    def score(*question: Any) -> RewardResponse:
+        asked.append(question[-1])
+        return LocalReward()(*question)
+
+    reward, leaf = BranchReward(WORDS, "srp", "denoise", SCALE), images()
+    needed = reward.judge(leaf, PAIRS, None, score).rewards
+    free = reward.judge(leaf.detach(), PAIRS, None, score).rewards
+    assert asked == [True, False]
+    assert needed.requires_grad
+    assert not free.requires_grad
+    assert needed.equal(free)
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_reward_that_is_not_finite_is_refused(needs_gradient: bool) -> None:
+    def score(*question: Any) -> RewardResponse:
+        answer = LocalReward()(*question)
+        return replace(answer, rewards=answer.rewards * math.nan)
+
+    with pytest.raises(ValueError, match="non-finite"):
+        BranchReward(WORDS, "srp", "denoise", SCALE).judge(images().requires_grad_(needs_gradient), PAIRS, None, score)
