@@ -24,7 +24,7 @@ from deploy.settings import ROOT
 _RESULTS = ROOT / "deploy" / "runs" / "results"
 _README, _LOG = ROOT / "README.md", ROOT / "deploy" / "runs" / "LOG.md"
 _LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed")
-_NUM_PICTURES, _LABEL_PX = 10, 180
+_NUM_PICTURES, _LABEL_PX = 10, 250
 
 
 def write_report(
@@ -102,7 +102,7 @@ def guards_told(base: Result, hacking: Result, healthy: Sequence[tuple[Result, R
         steps, cpu_s = f"{then['num_steps']} of {last['num_steps']} steps", f"{then['cpu_s']:.0f} CPU-s"
         lines[0] += f" flagged after {steps}, {cpu_s}, by {rule.metric.removeprefix('guard/')} {rule.told}."
         lines += ["", "| | base | when flagged | at the end | share of the drift |", "| --- | --- | --- | --- | --- |"]
-        for name in (f"frechet_{hacking.wanted}", LATTICE, "common_mode", FIDELITY, f"style_share_{hacking.wanted}"):
+        for name in (f"frechet_{hacking.wanted}", f"style_share_{hacking.wanted}", LATTICE):
             drift = (then[name] - first[name]) / (last[name] - first[name]) if last[name] != first[name] else 0.0
             lines.append(f"| {name} | {first[name]:.3g} | {then[name]:.3g} | {last[name]:.3g} | {drift:.0%} |")
     else:
@@ -114,7 +114,7 @@ def guards_told(base: Result, hacking: Result, healthy: Sequence[tuple[Result, R
 
 
 def _rate(row: Row) -> str:
-    return "–" if row.learning_rate is None else f"{row.learning_rate:.0e}".replace("e-0", "e-")
+    return "–" if row.learning_rate is None else f"{row.learning_rate:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def _as_json(row: Row) -> dict[str, Any]:
