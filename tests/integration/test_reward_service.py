@@ -236,12 +236,11 @@ def test_errors_come_through_the_proxy_as_the_app_wrote_them(client: RewardClien
 
 @pytest.mark.slow
 def test_the_keys_of_the_environment_reach_the_replicas(services: LocalServices) -> None:
-    statuses = {
-        key: httpx.get(services.settings.serve_url + MODELS_PATH, headers={"authorization": f"Bearer {key}"}).status_code
-        for key in (FORMER_KEY, KEY, "another-key")
-    }
+    url = services.settings.serve_url + MODELS_PATH
+    keys = (FORMER_KEY, KEY, "another-key")
+    statuses = {key: httpx.get(url, headers={"authorization": f"Bearer {key}"}).status_code for key in keys}
     assert statuses == {FORMER_KEY: 200, KEY: 200, "another-key": 401}
-    assert httpx.get(services.settings.serve_url + MODELS_PATH).status_code == httpx.codes.UNAUTHORIZED
+    assert httpx.get(url).status_code == httpx.codes.UNAUTHORIZED
 
 
 @pytest.mark.slow
