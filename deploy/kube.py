@@ -37,6 +37,7 @@ RUN_FOLDER, OUTPUT_FOLDER, WEIGHTS_FOLDER = "/etc/srpo", "/outputs", "/weights"
 _HEALTH = ("/api/healthz", 52365)  # of Ray's agent on every node: its raylet, on the head the GCS too
 _SERVE_HEALTH = ("/-/healthz", 8000)  # of the node's HTTP proxy, which drains before it goes
 _FAST_PROXY = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")  # deploy/local.py has them too
+_INGRESS = "RewardService"  # the deployment that answers HTTP, of reward_server/deployment.py
 _RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}  # of the autoscaler beside the head
 _LOOPBACK = ("//127.0.0.1", "//localhost")  # a run file that names this machine means services of the same cluster
 
@@ -80,6 +81,8 @@ def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
     worker = _pod(size, environment, volumes, ports={"serve": 8000})
     (replica,) = worker["spec"]["containers"]
     replica["readinessProbe"] = _probe(_SERVE_HEALTH, num_failures=1)  # no requests to a node that cannot take them
+    # What was accepted may still be answered; 30 s, unless said, would cut it short.
+    worker["spec"]["terminationGracePeriodSeconds"] = math.ceil(serve["http_options"]["request_timeout_s"]) + 20
     head["spec"]["automountServiceAccountToken"] = True  # the autoscaler beside it asks for pods
     cluster = _cluster(head, worker, group="replicas", num_workers=1, max_workers=4)
     cluster |= {"enableInTreeAutoscaling": True, "autoscalerOptions": {"securityContext": _RIGHTS}}
@@ -132,12 +135,15 @@ def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
 
 
 def _move_to_gpus(serve: Tree) -> None:
-    """Each reward's model on the GPU of its replica, in place."""
+    """Each reward's model on the GPU of its replica, in place; replicas without a model get none."""
     for application in serve["applications"]:
-        for reward in application["args"]["rewards"].values():
+        rewards = application["args"]["rewards"].values()
+        for reward in rewards:
             reward["device"] = "cuda"
+        are_all_apart = all(reward.get("placement") == "own" for reward in rewards)
         for deployment in application["deployments"]:
-            deployment.setdefault("ray_actor_options", {}).setdefault("num_gpus", 1)
+            if not (are_all_apart and deployment["name"] == _INGRESS):
+                deployment.setdefault("ray_actor_options", {}).setdefault("num_gpus", 1)
 
 
 def _resource(kind: str, name: str, spec: Tree) -> Tree:

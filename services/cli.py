@@ -44,7 +44,7 @@ _PROGRAMS = {  # that take a run file and are Ray jobs
     "encode": "trainer.encode",
 }
 _EXIT_INTERRUPTED = 130  # as shells have it
-_NUM_ATTEMPTS = 2  # somebody is waiting, and is told soon that the service is not there
+_NUM_FIRST_ATTEMPTS = 2  # somebody is waiting, and is told soon that the service is not there
 _DEFAULT_REWARD_URL = RewardServiceConfig.model_fields["url"].default
 _DEFAULT_TRACKING_URI = TrackingConfig.model_fields["uri"].default
 
@@ -80,8 +80,9 @@ def _dispatch(args: argparse.Namespace, rest: list[str]) -> int:
             _become("trainer.sample", *rest)
         case "score" | "rank-words":
             verb = score_files if args.command == "score" else try_words
-            with RewardClient(args.url, max_attempts=_NUM_ATTEMPTS) as client:
-                return verb(args, client, args.reward or _only_reward(client))
+            reward = _reward(args)
+            with RewardClient(args.url) as client:
+                return verb(args, client, reward)
     raise AssertionError(args.command)
 
 
@@ -130,10 +131,14 @@ def _steer(args: argparse.Namespace) -> int:
         raise UsageError(error) from error
 
 
-def _only_reward(client: RewardClient) -> str:
-    names = sorted(client.models())
+def _reward(args: argparse.Namespace) -> str:
+    """The one that is asked for. Raises RewardError, soon, where no service answers, whatever was asked for."""
+    with RewardClient(args.url, max_attempts=_NUM_FIRST_ATTEMPTS) as client:
+        names = sorted(client.models())
+    if args.reward:
+        return str(args.reward)
     if len(names) != 1:
-        raise UsageError(f"{client.url} serves several rewards: choose one with --reward: {', '.join(names)}")
+        raise UsageError(f"{args.url} serves several rewards: choose one with --reward: {', '.join(names)}")
     return names[0]
 
 

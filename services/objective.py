@@ -184,4 +184,4 @@ class RewardServiceConfig(Frozen):
 
     url: str = "http://127.0.0.1:8000"
     timeout_s: PositiveFloat = 60.0
-    max_attempts: Positive = 8
+    max_attempts: Positive = 12

@@ -74,8 +74,11 @@ class RewardClient:
         """Rewards and, if asked for, image gradients, in the order of the request's images. Raises RewardError."""
         return self._run(self._api.score(request))
 
-    def models(self) -> dict[str, str]:
-        """The rewards that may be asked for: name -> checksum of the weights. Raises RewardError."""
+    def models(self) -> dict[str, str | None]:
+        """The rewards that may be asked for: name -> checksum of the weights, None where they are not loaded yet.
+
+        Raises RewardError.
+        """
         return self._run(self._api.models())
 
     def wait_until_ready(self, timeout_s: float) -> None:
@@ -119,8 +122,11 @@ class AsyncRewardClient:
         """Rewards and, if asked for, image gradients, in the order of the request's images. Raises RewardError."""
         return await self._run(self._api.score(request))
 
-    async def models(self) -> dict[str, str]:
-        """The rewards that may be asked for: name -> checksum of the weights. Raises RewardError."""
+    async def models(self) -> dict[str, str | None]:
+        """The rewards that may be asked for: name -> checksum of the weights, None where they are not loaded yet.
+
+        Raises RewardError.
+        """
         return await self._run(self._api.models())
 
     async def wait_until_ready(self, timeout_s: float) -> None:

@@ -104,14 +104,15 @@ Exchange = Generator[Call, Answer | NoAnswer, Result]
 class RewardApi:
     """The service at `url`. timeout_s bounds each attempt's wait for the network.
 
-    A failure is tried again up to max_attempts in all; the waits double from backoff_s to 10 s, and the defaults ride
-    out the 10-40 s that a killed replica takes to come back. An answer with Retry-After is no failure: the wait is as
-    told, however often. Nothing is tried again later than patience_s after the first attempt.
+    A failure is tried again up to max_attempts in all; the waits double from backoff_s to 10 s, by default 75 s or more
+    together: a killed replica takes 10-40 s to come back, in which every attempt may fail at once. An answer with
+    Retry-After is no failure: the wait is as told, however often. Nothing is tried again later than patience_s after
+    the first attempt.
     """
 
     url: str
     timeout_s: float = 60.0
-    max_attempts: int = 8
+    max_attempts: int = 12
     backoff_s: float = 0.5
     patience_s: float = 600.0
 
@@ -130,7 +131,7 @@ class RewardApi:
             raise RewardUnavailable(f"{self.url} does not speak this version of the reward API: {error}") from error
         return response
 
-    def models(self) -> Exchange[dict[str, str]]:
+    def models(self) -> Exchange[dict[str, str | None]]:
         answer = yield from self._answered(Call("GET", MODELS_PATH, self.timeout_s))
         try:
             return {model["name"]: model["checksum"] for model in json.loads(answer.body)["models"]}

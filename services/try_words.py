@@ -23,7 +23,8 @@ from services.pictures import read_picture
 from services.rank_words import Finding, Measured, TrialError, check_enough, meaningless_words, rank, rank_pairs
 from services.reward_client import RewardClient
 
-_TEXTS_PER_REQUEST = 8
+_MAX_TEXTS_PER_REQUEST = 8
+_MAX_PIXELS_PER_REQUEST = 4096**2  # of all copies of a picture; by default the service takes four times as many
 _DRAW_TIMEOUT_S = 3600.0
 _LEGEND = """\
 strength  gradient of the reward that the word adds; 1: as much as a meaningless word may by chance
@@ -71,8 +72,9 @@ def _ask(
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """(texts,) similarities, and (texts, pixels) gradients less that of the last text."""
     similarities, gradients = np.empty(len(texts)), np.zeros((len(texts), picture.size), np.float32)
-    for start in range(0, len(texts) - 1, _TEXTS_PER_REQUEST):
-        chunk = slice(start, min(start + _TEXTS_PER_REQUEST, len(texts) - 1))
+    size = texts_per_request(*picture.shape[1:])
+    for start in range(0, len(texts) - 1, size):
+        chunk = slice(start, min(start + size, len(texts) - 1))
         pairs = tuple(PromptPair(prompt, text, texts[-1]) for text in texts[chunk])
         images = np.broadcast_to(picture, (len(pairs), *picture.shape))
         response = client.score(RewardRequest(images, pairs, (0.0,) * len(pairs), (WeightedReward(reward),)))
@@ -80,6 +82,11 @@ def _ask(
         similarities[chunk], similarities[-1] = response.positive_similarities[0], response.negative_similarities[0, 0]
         gradients[chunk] = response.image_gradient.reshape(len(pairs), -1)
     return similarities, gradients
+
+
+def texts_per_request(height_px: int, width_px: int) -> int:
+    """How many copies of such a picture, each with a text of its own, one request may hold; at least one."""
+    return max(1, min(_MAX_TEXTS_PER_REQUEST, _MAX_PIXELS_PER_REQUEST // (height_px * width_px)))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

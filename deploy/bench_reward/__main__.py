@@ -37,7 +37,10 @@ README = ROOT / "README.md"
 RESULT = ROOT / "deploy" / "runs" / "results" / "reward.json"
 CALLERS = (1, 8, 32)
 _ROUNDS = 5, 1  # the second: quick
-_WARM_UP, _REQUESTS = (1000, 50), (10_000, 200)  # before the first reading of memory, and after it; the second: quick
+# Before the first reading of memory, and after it; the second: quick. The replicas' two stores of 16 MiB are full after
+# 2500 answers, of which every fourth is a gradient of 49 KB, or some more where one replica gets fewer.
+WARM_UP = 4000, 50
+_REQUESTS = 10_000, 200
 _started = time.monotonic()
 
 
@@ -83,7 +86,7 @@ def bench_reward(folder: Path, is_quick: bool) -> dict[str, Any]:
         serve = stack.enter_context(service(folder, folders))
         benches = [Bench(model, serve, flask, bare) for model, bare in zip(models, bares, strict=True)]
         measured = in_rounds(benches, _ROUNDS[is_quick])
-        growth = memory_growth(serve, models[0], _WARM_UP[is_quick], _REQUESTS[is_quick])
+        growth = memory_growth(serve, models[0], WARM_UP[is_quick], _REQUESTS[is_quick])
     goals = [goal for each in measured for goal in each.goals()] + report.growth_goals(growth)
     return {
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load_before": round(load, 2)},
@@ -117,7 +120,7 @@ def bench_memory(folder: Path, is_quick: bool) -> Growth:
     """Raises BenchError, LocalError."""
     model = embedded(is_quick)
     with service(folder, {model.name: model.folder}) as serve:
-        return memory_growth(serve, model, _WARM_UP[is_quick], _REQUESTS[is_quick])
+        return memory_growth(serve, model, WARM_UP[is_quick], _REQUESTS[is_quick])
 
 
 def warm_up(bench: Bench) -> None:

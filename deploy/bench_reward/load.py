@@ -66,7 +66,7 @@ def _connect(url: str) -> http.client.HTTPConnection:
 def _ask(connection: http.client.HTTPConnection, question: Question) -> bytes:
     """On the same connection as before, unless the server has closed it."""
     try:
-        connection.request("POST", question.path, question.body, {"content-type": question.content_type})
+        connection.request("POST", question.path, question.body, question.headers)
         answer = connection.getresponse()
         content = answer.read()
     except (OSError, http.client.HTTPException) as error:

@@ -1,14 +1,18 @@
-"""Memory after warm-up and after so many requests more, of every process of the service."""
+"""Memory after warm-up and after so many requests more, of every process of the service.
+
+Asked as our clients ask, each request with an Idempotency-Key of its own, so that the service keeps its answer.
+"""
 
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploy.bench_reward.load import drive
 from deploy.bench_reward.models import Served
-from deploy.bench_reward.questions import Question, jpegs, pairs, to_service, unseen_pairs
+from deploy.bench_reward.questions import Question, binary, jpegs, pairs, to_service, unseen_pairs
 from deploy.bench_reward.servers import Memory, Server
 
 _CALLERS = 8
@@ -49,16 +53,27 @@ class Growth:
 
 
 def memory_growth(service: Server, model: Served, num_warm_up: int, num_requests: int) -> Growth:
-    """Of single images at 8 callers, every fourth with unseen texts; these fill the text cache during the warm-up."""
-    pictures, lines = jpegs(), model.num_prompt_lines
-    known, unseen = itertools.cycle(pairs(lines)), unseen_pairs(lines)
-
-    def questions(num: int) -> Iterator[Question]:
-        for number, picture in zip(range(num), itertools.cycle(pictures), strict=False):
-            yield to_service(model.name, picture, next(known if number % 4 else unseen))
-
-    drive(service.url, list(questions(num_warm_up)), _CALLERS)
+    """Of `mixed_questions` at 8 callers; the warm-up fills the text cache and the store of answers."""
+    questions = mixed_questions(model)
+    _ask(service, questions, num_warm_up)
     before = service.memory()
-    for done in range(0, num_requests, _CHUNK):
-        drive(service.url, list(questions(min(_CHUNK, num_requests - done))), _CALLERS)
+    _ask(service, questions, num_requests)
     return Growth(num_requests, before, service.memory())
+
+
+def _ask(service: Server, questions: Iterator[Question], num: int) -> None:
+    for done in range(0, num, _CHUNK):
+        drive(service.url, list(itertools.islice(questions, min(_CHUNK, num - done))), _CALLERS)
+
+
+def mixed_questions(model: Served) -> Iterator[Question]:
+    """Without end: of four, three for people, one of them with texts that are new, and one for its gradient."""
+    pictures, lines = itertools.cycle(jpegs()), model.num_prompt_lines
+    known, unseen = itertools.cycle(pairs(lines)), unseen_pairs(lines)
+    for number in itertools.count():
+        pair = next(known if number % 4 else unseen)
+        if number % 4 == 1:
+            question = binary(model.name, [pair], model.size_px, with_gradient=True)
+        else:
+            question = to_service(model.name, next(pictures), pair)
+        yield replace(question, idempotency_key=uuid.uuid4().hex)

@@ -14,7 +14,15 @@ import numpy as np
 from PIL import Image
 
 from deploy.settings import ROOT
-from services.contract import MEDIA_TYPE, REWARDS_PATH, SCORE_PATH, PromptPair, RewardRequest, WeightedReward
+from services.contract import (
+    IDEMPOTENCY_KEY_HEADER,
+    MEDIA_TYPE,
+    REWARDS_PATH,
+    SCORE_PATH,
+    PromptPair,
+    RewardRequest,
+    WeightedReward,
+)
 
 PREFERENCE_SCALE = 0.1
 _NUM_PICTURES, _NUM_PROMPTS = 8, 64
@@ -27,6 +35,12 @@ class Question:
     path: str
     body: bytes
     content_type: str
+    idempotency_key: str | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        key = self.idempotency_key
+        return {"content-type": self.content_type} | ({} if key is None else {IDEMPOTENCY_KEY_HEADER: key})
 
 
 def pairs(num_lines: int) -> list[PromptPair]:

@@ -18,6 +18,7 @@ from deploy.process import OwnedProcess
 from deploy.settings import HOST, ROOT, Settings, free_port
 
 NUM_PROCESSES = 2  # of each server, one torch thread in each
+STORED_ANSWER_BYTES = 16 << 20  # of each replica of the service
 _START_TIMEOUT_S = 180.0
 _POLL_S = 0.2
 
@@ -73,8 +74,9 @@ def service(folder: Path, models: Mapping[str, Path]) -> Iterator[Server]:
     (application,) = config["applications"]
     application["args"] |= {
         "rewards": {name: {"kind": "clip", "path": str(path)} for name, path in models.items()},
-        "limits": {"requests_per_s": 1e6, "request_burst": 10**6},
-        "num_cached_texts": 256,  # soon full, so that memory can be compared before and after
+        # The stores of answers and texts are soon full, so that memory can be compared before and after.
+        "limits": {"requests_per_s": 1e6, "request_burst": 10**6, "max_stored_answer_bytes": STORED_ANSWER_BYTES},
+        "num_cached_texts": 256,
     }
     application["deployments"][0]["num_replicas"] = NUM_PROCESSES
     path = folder / "serve.yaml"

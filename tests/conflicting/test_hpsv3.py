@@ -127,3 +127,9 @@ def test_a_text_cannot_give_commands_or_be_too_long(reward: Joint) -> None:
             reward.score_pairs(tensor_of(photo(100, 100)), [text])
     with pytest.raises(ContractError, match="at most"):
         reward.score_pairs(tensor_of(photo(100, 100)), ["cat " * 8192])
+
+
+def test_the_code_of_a_replica_loads_beside_the_package(args: Hpsv3Args) -> None:
+    from reward_server.deployment import build  # on use: ray.serve takes seconds, also where the package is absent
+
+    build({"rewards": {"apart": args.model_dump() | {"placement": "own"}}})

@@ -105,3 +105,9 @@ def test_a_weight_that_the_file_lacks_is_named_not_random(args: ImageRewardArgs,
         patch.chdir(Path(args.path).parent)
         with pytest.raises(WeightsError, match=r"1 weights are missing, as mlp\.layers\.0\.weight"):
             load_reward(args.model_copy(update={"path": str(tmp_path / "ImageReward.pt")}))
+
+
+def test_the_code_of_a_replica_loads_beside_the_package(args: ImageRewardArgs) -> None:
+    from reward_server.deployment import build  # on use: ray.serve takes seconds, also where the package is absent
+
+    build({"rewards": {"apart": args.model_dump() | {"placement": "own"}}})

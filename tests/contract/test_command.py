@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.types import ASGIApp
 
 from deploy.settings import free_port
+from reward_server.limits import Limits
 from reward_server.models import ClipArgs, TwoTower, load_reward
 from reward_server.srp import similarity
 from services.cli import main
@@ -19,7 +21,11 @@ from services.contract import PromptPair, RewardRequest, WeightedReward
 from services.pictures import read_picture
 from services.rank_words import MIN_IMAGES, meaningless_words
 from services.reward_client import RewardClient
-from services.try_words import measure
+from services.try_words import draw, measure, texts_per_request
+from tests.contract.test_reward_client import FailsFirst, status
+from tests.serving import serve_app
+from tests.tiny_flux import PROMPTS, make_tiny_flux
+from trainer.sample import main as sample
 
 PAIR = ("--prompt", "cat", "--positive", "3D", "--negative", "Flat")
 
@@ -105,6 +111,15 @@ def test_a_service_that_is_gone_is_named_once(pictures: list[str], capsys: pytes
     assert "make up" in line
 
 
+def test_once_a_service_has_answered_it_is_waited_for(
+    pictures: list[str], app: ASGIApp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As while a killed replica comes back; at the start two attempts must do."""
+    with serve_app(FailsFirst(app, [app, status(500), status(500)])) as url:
+        assert main(["score", pictures[0], *PAIR, "--url", url]) == 0
+    assert pictures[0] in capsys.readouterr().out
+
+
 def test_rank_words_prints_every_word_with_a_verdict(
     pictures: list[str], reward_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +170,37 @@ def test_rank_words_wants_enough_pictures(
 ) -> None:
     assert main(["rank-words", pictures[0], "--prompt", "cat", "--words", "3D", "--url", reward_url]) == 1
     assert f"at least {MIN_IMAGES}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rank_words_draws_with_a_model_what_it_is_to_look_at(
+    reward_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, prompts = make_tiny_flux(tmp_path / "flux"), tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    drawn = ("--model", str(model), "--prompts", str(prompts), "--num-images", str(MIN_IMAGES))
+    assert main(["rank-words", *drawn, "--words", "3D", "Flat", "--url", reward_url]) == 0
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert title == f"tiny-clip on {MIN_IMAGES} pictures"
+    assert {row.split()[0] for row in rows[:2]} == {"3D", "Flat"}
+
+
+@pytest.mark.slow
+def test_what_is_drawn_is_what_srpo_sample_draws(tmp_path: Path) -> None:
+    model = str(make_tiny_flux(tmp_path / "flux"))
+    for index, picture in enumerate(draw(model, PROMPTS[:2])):
+        options = [option for prompt in PROMPTS[: index + 1] for option in ("--prompt", prompt)]
+        assert sample([model, *options, "-o", str(tmp_path / "strip.png")]) == 0
+        last = np.split(read_picture(tmp_path / "strip.png"), index + 1, axis=2)[-1]
+        np.testing.assert_allclose(picture.astype(int), last, atol=2)  # batches of two sizes round differently
+
+
+@pytest.mark.parametrize(
+    ("size_px", "num_texts"), [((24, 40), 8), ((1024, 1024), 8), ((2900, 2900), 1), ((4096, 4096), 1)]
+)
+def test_the_copies_of_a_picture_fit_into_a_request(size_px: tuple[int, int], num_texts: int) -> None:
+    assert texts_per_request(*size_px) == num_texts
+    Limits().check_images([size_px] * num_texts)
 
 
 def test_what_is_measured_is_what_autograd_finds(pictures: list[str], reward_url: str, clip: ClipArgs) -> None:

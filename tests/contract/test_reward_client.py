@@ -18,8 +18,10 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reward_server.app import build_app
+from reward_server.catalog import RewardInfo
 from reward_server.worker import Worker
 from services.contract import IDEMPOTENCY_KEY_HEADER, PromptPair, RewardRequest, RewardResponse, WeightedReward
+from services.objective import RewardServiceConfig
 from services.reward_client import (
     AsyncRewardClient,
     RewardBusy,
@@ -118,13 +120,24 @@ def test_both_clients_get_the_same_numbers(reward_url: str) -> None:
 
 
 def test_the_async_client_describes_the_service_as_the_sync_one_does(reward_url: str) -> None:
-    async def ask() -> dict[str, str]:
+    async def ask() -> dict[str, str | None]:
         async with AsyncRewardClient(reward_url) as client:
             await client.wait_until_ready(timeout_s=30)
             return await client.models()
 
     with RewardClient(reward_url) as client:
         assert asyncio.run(ask()) == client.models()
+
+
+def test_a_reward_that_is_not_loaded_yet_has_no_checksum(worker: Worker) -> None:
+    async def nothing(request: RewardRequest, request_id: str) -> RewardResponse:
+        raise AssertionError((request, request_id))
+
+    later = RewardInfo.model_validate({"name": "later", "kind": "clip"})
+    with serve_app(build_app(nothing, worker.infos | {"later": later}, LIMITS)) as url, RewardClient(url) as client:
+        checksums = client.models()
+    assert checksums["later"] is None
+    assert (checksums["tiny-clip"] or "").startswith("sha256:")
 
 
 @both_clients
@@ -249,6 +262,14 @@ def test_waits_double_up_to_ten_seconds_and_are_stretched_by_half_at_most() -> N
     assert waits_s[0] == 0
     for wait_s, least_s in zip(waits_s[1:], [0.5, 1, 2, 4, 8, 10, 10], strict=True):
         assert least_s <= wait_s <= 1.5 * least_s
+
+
+def test_by_default_a_killed_replica_may_be_away_for_a_minute() -> None:
+    """Behind HAProxy each attempt fails at once until there is a new one, which takes 10 to 40 s."""
+    api = RewardApi("http://service")
+    calls = calls_after([NoAnswer("reset")] * (api.max_attempts - 1), api)
+    assert sum(call.after_s for call in calls) > 60
+    assert RewardServiceConfig().max_attempts == api.max_attempts  # trainers are as patient
 
 
 def test_callers_refused_together_come_back_apart() -> None:

@@ -8,7 +8,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,17 @@ import psutil
 import pytest
 import requests
 import yaml
-from pydantic import ValidationError
-from ray.serve.schema import ServeDeploySchema
 
+from deploy.drain import APPLICATIONS_PATH
 from deploy.local import LocalServices
 from deploy.settings import Settings, free_port
 from reward_server.combine import combine
-from reward_server.deployment import ServiceArgs, build
 from reward_server.metrics import BATCH_IMAGES, IMAGES, REJECTS, TEXT_CACHE_HITS
 from reward_server.models import ClipArgs
 from reward_server.scorer import Job, Scorer
 from services.contract import (
     MEDIA_TYPE,
+    MODELS_PATH,
     READY_PATH,
     REWARDS_PATH,
     PromptPair,
@@ -46,6 +46,8 @@ SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 NUM_CALLERS = 8
 MAX_BATCH_IMAGES = 8
 BESIDE, APART = "beside-clip", "apart-clip"
+FORMER_KEY, KEY = "former-key", "key-of-these-tests"
+AUTHORIZED = {"authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def scorer(rewards: dict[str, ClipArgs]) -> Scorer:
 
 @pytest.fixture(scope="module")
 def services(rewards: dict[str, ClipArgs]) -> Iterator[LocalServices]:
-    """deploy/serve.yaml with two tiny models, one in a deployment of its own, and a queue of a single batch."""
+    """deploy/serve.yaml with two tiny models, one in a deployment of its own, a queue of a single batch, and keys."""
     config = yaml.safe_load(SERVE_YAML.read_text(encoding="utf-8"))
     (application,) = config["applications"]
     placed = {name: args.model_dump() for name, args in rewards.items()}
@@ -77,7 +79,8 @@ def services(rewards: dict[str, ClipArgs]) -> Iterator[LocalServices]:
     application["deployments"].append(
         {"name": APART, "autoscaling_config": {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0.1}}
     )
-    with tempfile.TemporaryDirectory(prefix="serve-") as name:
+    with tempfile.TemporaryDirectory(prefix="serve-") as name, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SRPO_API_KEYS", f"{FORMER_KEY},{KEY}")
         folder = Path(name)
         path = folder / "serve.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -91,7 +94,7 @@ def services(rewards: dict[str, ClipArgs]) -> Iterator[LocalServices]:
 
 @pytest.fixture(scope="module")
 def client(services: LocalServices) -> Iterator[RewardClient]:
-    with RewardClient(services.settings.serve_url, timeout_s=120, max_attempts=40) as client:
+    with RewardClient(services.settings.serve_url, api_key=KEY) as client:  # as patient as everybody's
         yield client
 
 
@@ -121,7 +124,37 @@ def ask_all(client: RewardClient, requests: list[RewardRequest]) -> list[RewardR
 
 def post(url: str, request: RewardRequest) -> httpx.Response:
     """Without a second attempt."""
-    return httpx.post(url + REWARDS_PATH, content=request.to_bytes(), headers={"content-type": MEDIA_TYPE}, timeout=120)
+    headers = {"content-type": MEDIA_TYPE, **AUTHORIZED}
+    return httpx.post(url + REWARDS_PATH, content=request.to_bytes(), headers=headers, timeout=120)
+
+
+@contextmanager
+def under_way(url: str, request: RewardRequest) -> Iterator[Future[httpx.Response]]:
+    """The answer to a request of which the last byte is sent at the end of the block, and all before at its start."""
+    body = request.to_bytes()
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        yield body[:-1]
+        has_begun.set()
+        assert may_end.wait(timeout=60)
+        yield body[-1:]
+
+    headers = {"content-type": MEDIA_TYPE, **AUTHORIZED}
+    with ThreadPoolExecutor(1) as caller:
+        answer = caller.submit(httpx.post, url + REWARDS_PATH, content=slowly(), headers=headers, timeout=120)
+        try:
+            assert has_begun.wait(timeout=60)
+            yield answer
+        finally:
+            may_end.set()
+
+
+def replicas_leave(services: LocalServices) -> bool:
+    api = f"{services.settings.dashboard_url}{APPLICATIONS_PATH}"
+    applications = requests.get(api, headers=request_headers(), timeout=30).json()["applications"]
+    deployments = applications.get("reward", {}).get("deployments", {})  # none, while a new version is built
+    return any(each["state"] == "STOPPING" for each in deployments.get("RewardService", {}).get("replicas", []))
 
 
 def wait_until(is_so: Callable[[], Any], timeout_s: float = 120.0) -> Any:
@@ -149,14 +182,10 @@ def test_callers_at_once_get_what_the_scorer_gives_each_alone(client: RewardClie
 def test_a_reward_with_replicas_of_its_own_is_loaded_on_demand_and_combined(
     client: RewardClient, scorer: Scorer
 ) -> None:
-    def checksums() -> dict[str, Any]:
-        models = httpx.get(client.url + "/v1/models").json()["models"]
-        return {model["name"]: model["checksum"] for model in models}
-
-    assert checksums()[APART] is None  # no replica yet
+    assert client.models()[APART] is None  # no replica yet
     request = make_request(3, batch=2, rewards={APART: 0.5, BESIDE: -2.0})
     assert_right(scorer, request, client.score(request))
-    assert checksums()[APART] == scorer.rewards[APART].model.checksum
+    assert client.models()[APART] == scorer.rewards[APART].model.checksum
 
 
 @pytest.mark.slow
@@ -206,6 +235,15 @@ def test_errors_come_through_the_proxy_as_the_app_wrote_them(client: RewardClien
 
 
 @pytest.mark.slow
+def test_the_keys_of_the_environment_reach_the_replicas(services: LocalServices) -> None:
+    url = services.settings.serve_url + MODELS_PATH
+    keys = (FORMER_KEY, KEY, "another-key")
+    statuses = {key: httpx.get(url, headers={"authorization": f"Bearer {key}"}).status_code for key in keys}
+    assert statuses == {FORMER_KEY: 200, KEY: 200, "another-key": 401}
+    assert httpx.get(url).status_code == httpx.codes.UNAUTHORIZED
+
+
+@pytest.mark.slow
 def test_nothing_of_haproxy_listens_beyond_loopback(services: LocalServices) -> None:
     proxies = [each for each in services.ray.members() if each.name() == "haproxy"]
     assert proxies
@@ -219,38 +257,15 @@ def test_nothing_of_haproxy_listens_beyond_loopback(services: LocalServices) -> 
 def test_a_replica_that_must_go_answers_what_it_began(
     services: LocalServices, client: RewardClient, scorer: Scorer
 ) -> None:
-    api = f"{services.settings.dashboard_url}/api/serve/applications/"
     request = make_request(5, batch=2)
-    body = request.to_bytes()
-    has_begun, may_end = threading.Event(), threading.Event()
-
-    def slowly() -> Iterator[bytes]:
-        yield body[:-1]
-        has_begun.set()
-        assert may_end.wait(timeout=60)
-        yield body[-1:]
-
-    def replicas_leave() -> bool:
-        application = requests.get(api, headers=request_headers(), timeout=30).json()["applications"]["reward"]
-        deployments = application["deployments"]  # none, while the new version is built
-        return any(each["state"] == "STOPPING" for each in deployments.get("RewardService", {}).get("replicas", []))
-
-    def send() -> httpx.Response:
-        headers = {"content-type": MEDIA_TYPE}
-        return httpx.post(client.url + REWARDS_PATH, content=slowly(), headers=headers, timeout=120)
-
-    with ThreadPoolExecutor(1) as caller:
-        answer = caller.submit(send)
-        try:
-            assert has_begun.wait(timeout=60)
-            config = yaml.safe_load(services.settings.serve_config.read_text(encoding="utf-8"))
-            config["http_options"] |= {"host": "127.0.0.1", "port": services.settings.serve_port}
-            config["applications"][0]["args"]["num_cached_texts"] = 99  # another version
-            requests.put(api, json=config, headers=request_headers(), timeout=60).raise_for_status()
-            wait_until(replicas_leave, timeout_s=60)
-        finally:
-            may_end.set()
-        response = answer.result()
+    config = yaml.safe_load(services.settings.serve_config.read_text(encoding="utf-8"))
+    config["http_options"] |= {"host": "127.0.0.1", "port": services.settings.serve_port}
+    config["applications"][0]["args"]["num_cached_texts"] = 99  # another version
+    with under_way(client.url, request) as answer:
+        api = f"{services.settings.dashboard_url}{APPLICATIONS_PATH}"
+        requests.put(api, json=config, headers=request_headers(), timeout=60).raise_for_status()
+        wait_until(lambda: replicas_leave(services), timeout_s=60)
+    response = answer.result()
     assert response.status_code == httpx.codes.OK, response.text
     assert_right(scorer, request, RewardResponse.from_bytes(response.content))
     client.wait_until_ready(timeout_s=120)
@@ -282,29 +297,17 @@ def test_killing_a_replica_under_load_loses_no_answer(
     assert httpx.get(client.url + READY_PATH).status_code == httpx.codes.OK
 
 
-def test_serve_yaml_gives_valid_arguments() -> None:
-    config = yaml.safe_load(SERVE_YAML.read_text(encoding="utf-8"))
-    assert ServeDeploySchema.model_validate(config).http_options.port == 8000
-    (application,) = config["applications"]
-    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
-    args = ServiceArgs.model_validate(application["args"])
-    assert "fluent-clip" in args.rewards
-    (deployment,) = application["deployments"]
-    assert deployment["max_ongoing_requests"] >= args.max_batch_images
-    assert deployment["graceful_shutdown_timeout_s"] >= config["http_options"]["request_timeout_s"]
-
-
-@pytest.mark.parametrize(
-    ("args", "named"),
-    [
-        ({"rewards": {}}, "rewards"),
-        ({"rewards": {"a": {"kind": "beauty", "path": "x"}}}, "beauty"),
-        ({"rewards": {"a": {"kind": "clip", "path": "x", "pth": "y"}}}, "pth"),
-        ({"rewards": {"a": {"kind": "clip", "path": "x", "placement": "moon"}}}, "placement"),
-        ({"rewards": {"a": {"kind": "clip", "path": "x"}}, "torch_thread": 1}, "torch_thread"),
-        ({"rewards": {"a": {"kind": "clip", "path": "x"}}, "limits": {"max_body": 1}}, "max_body"),
-    ],
-)
-def test_wrong_arguments_are_named(args: dict[str, object], named: str) -> None:
-    with pytest.raises(ValidationError, match=named):
-        build(args)
+@pytest.mark.slow
+def test_make_down_lets_the_service_answer_what_it_began(
+    services: LocalServices, client: RewardClient, scorer: Scorer
+) -> None:
+    request = make_request(6, batch=2)
+    with ThreadPoolExecutor(1) as person:
+        with under_way(client.url, request) as answer:
+            down = person.submit(services.down)
+            wait_until(lambda: replicas_leave(services), timeout_s=60)
+        response = answer.result()
+        assert down.result() == ["ray"]
+    assert response.status_code == httpx.codes.OK, response.text
+    assert_right(scorer, request, RewardResponse.from_bytes(response.content))
+    assert not services.ray.is_running()

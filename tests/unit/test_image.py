@@ -51,3 +51,13 @@ def test_containers_on_one_machine_are_confined_too() -> None:
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_ray_in_a_container_runs_code_of_those_who_have_its_token() -> None:
+    *_, last_stage = DOCKERFILE.split("\nFROM ")
+    image = dict(re.findall(r"(\w+)=(\S+)", " ".join(re.findall(r"^ENV (.*)$", last_stage, re.MULTILINE))))
+    assert image["RAY_AUTH_MODE"] == COMPOSE["services"]["reward"]["environment"]["RAY_AUTH_MODE"] == "token"
+    for service in COMPOSE["services"].values():
+        assert "network_mode" in service
+        assert "HOME" not in service["environment"]  # the image's
+        assert any(mount.startswith(f"{image['HOME']}:") for mount in service["tmpfs"])  # the token is written there

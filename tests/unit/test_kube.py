@@ -187,3 +187,22 @@ def test_every_ray_node_is_probed(manifests: list[dict[str, Any]]) -> None:
     resource = ray_resource(manifests)
     for pod in pods_in(resource["spec"][cluster_key[resource["kind"]]]):
         assert {"startupProbe", "livenessProbe", "readinessProbe"} <= pod["containers"][0].keys()
+
+
+def test_replicas_have_the_time_to_answer_what_they_accepted() -> None:
+    (group,) = ray_resource(MANIFESTS["service"])["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (pod,) = pods_in(group)
+    assert pod["terminationGracePeriodSeconds"] > SERVE["http_options"]["request_timeout_s"]
+
+
+@pytest.mark.parametrize(("placements", "num_gpus"), [(("own", "own"), None), (("own", "ingress"), 1)])
+def test_the_deployment_that_only_passes_on_gets_no_gpu(placements: tuple[str, str], num_gpus: int | None) -> None:
+    serve = copy.deepcopy(SERVE)
+    (application,) = serve["applications"]
+    rewards = {f"reward-{index}": {"kind": "clip", "path": "x", "placement": p} for index, p in enumerate(placements)}
+    application["args"]["rewards"] = rewards
+    application["deployments"].append({"name": "reward-0", "ray_actor_options": {"num_cpus": 1}})
+    spec = ray_resource(rayservice(serve, on_gpu=True))["spec"]
+    (served,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    gpus = {each["name"]: each["ray_actor_options"].get("num_gpus") for each in served["deployments"]}
+    assert gpus == {"RewardService": num_gpus, "reward-0": 1}
