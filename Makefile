@@ -58,9 +58,10 @@ ci: check test  ## what CI runs
 reference: setup  ## FILES="…": our numbers beside the published algorithm's (files as in ../shared/reference)
 	OMP_NUM_THREADS=1 .venv/bin/python -m deploy.reference $(FILES)
 
-tiny: setup  ## train the embedded default from scratch (hours; resumable stage by stage)
+tiny: setup  ## train the embedded default from scratch (hours, resumable stage by stage; needs npm)
 	$(TINY) data vae views prompts
-	$(TINY) flux & flux=$$!; $(TINY) reward style subject reference; others=$$?; wait $$flux && exit $$others  # one thread each
+	@$(TINY) flux & flux=$$!; $(TINY) reward style subject reference & others=$$!; \
+	trap 'kill $$flux $$others' INT TERM HUP; wait $$others; code=$$?; wait $$flux && exit $$code  # one thread each
 	$(TINY) measure
 
 clean: down  ## stop services, remove what runs and tools wrote (outputs/ and .venv stay)

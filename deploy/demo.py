@@ -25,6 +25,7 @@ import yaml
 from deploy.local import LocalServices
 from deploy.process import OwnedProcess
 from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError, Settings, add_options, settings
+from deploy.signals import end_as_interrupted
 from services.config import ConfigError, RunConfig, load_run_config
 from services.jobs import Jobs, JobsError
 from services.tracking import Tracker, TrackingError
@@ -92,9 +93,7 @@ def train(where: Settings, run_file: Path) -> Outcome:
         for piece in jobs.follow(job_id):
             print(piece, end="", flush=True)
     finally:
-        status = jobs.status(job_id)
-        if status in ("PENDING", "RUNNING"):
-            jobs.stop(job_id)
+        status = jobs.end(job_id)
     if status != "SUCCEEDED":
         raise DemoError(f"{config.name}: job {job_id} {status}; its output is above")
     evaluation = json.loads((config.output_dir / config.name / "evaluation.json").read_text(encoding="utf-8"))
@@ -194,4 +193,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_as_interrupted()
     sys.exit(main())

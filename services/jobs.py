@@ -14,6 +14,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from ray.job_submission import JobSubmissionClient
 T = TypeVar("T")
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it announces that a log has ended
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where `make up` starts Ray's dashboard, and Ray's own default
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address that it is given
+_ALIVE = ("PENDING", "RUNNING")
+_POLL_S = 0.2
 
 
 class JobsError(RuntimeError):
@@ -41,13 +45,17 @@ class Job:
     run: str
     status: str
 
+    @property
+    def is_alive(self) -> bool:
+        return self.status in _ALIVE
+
 
 class Jobs:
     """The jobs of one cluster. Raises JobsError where nobody answers at the address of its dashboard."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
         self.address = address
-        self._client: JobSubmissionClient = self._ask(lambda: JobSubmissionClient(address, headers=request_headers()))
+        self._client: JobSubmissionClient = self._ask(lambda: _client(address))
 
     def submit(
         self, run_file: Path, arguments: Sequence[str] = (), program: str = "trainer.launch", num_gpus: int = 0
@@ -91,6 +99,19 @@ class Jobs:
         """Ask the job to end; it is killed if it does not within a few seconds. A job that has ended stays so."""
         self._ask(lambda: self._client.stop_job(job_id))
 
+    def end(self, job_id: str, timeout_s: float = 10.0) -> str:
+        """Stop it if it has not ended, and wait until it has, `timeout_s` at most. Returns its status then.
+
+        So that it can close what it holds, its MLflow run above all, before the services go down.
+        """
+        if (status := self.status(job_id)) in _ALIVE:
+            self.stop(job_id)
+        deadline = time.monotonic() + timeout_s
+        while status in _ALIVE and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            status = self.status(job_id)
+        return status
+
     def _ask(self, request: Callable[[], T]) -> T:
         try:
             return request()
@@ -104,6 +125,15 @@ class Jobs:
             ) from error
         except RuntimeError as error:  # what the client raises for every refusal
             raise JobsError(f"Ray at {self.address} refused: {str(error).splitlines()[0]}") from error
+
+
+def _client(address: str) -> JobSubmissionClient:
+    """Of this address, whatever the environment names."""
+    hidden = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
+    try:
+        return JobSubmissionClient(address, headers=request_headers())
+    finally:
+        os.environ.update(hidden)
 
 
 def token_path() -> Path:

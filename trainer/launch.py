@@ -161,9 +161,21 @@ def launch(config: RunConfig, run_file: Path) -> str:
         status = "KILLED"
         raise KeyboardInterrupt from stop
     finally:
-        tracker.finish(status)  # before the shutdown: `ray job stop` waits only 3 s before it kills
-        ray.shutdown()  # takes controller and workers along
+        try:
+            finish(tracker, status)  # before the shutdown: `ray job stop` waits only 3 s before it kills
+        finally:
+            ray.shutdown()  # takes controller and workers along
     return tracker.url
+
+
+def finish(tracker: Tracker, status: RunStatus) -> None:
+    """End the MLflow run. Raises TrackingError only after a success: anything else has a cause, which it would hide."""
+    try:
+        tracker.finish(status)
+    except TrackingError as error:
+        if status == "FINISHED":
+            raise
+        print(f"warning: {error}", file=sys.stderr)
 
 
 def connect(config: RunConfig) -> None:

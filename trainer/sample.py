@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import PIL.Image
 import torch
 from torchvision.utils import save_image
 
@@ -17,10 +18,13 @@ from trainer.rollout import Sampling, sample
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 with a line on stderr for a model or size that cannot be used."""
+    """Exit code 0, or 1 with a line on stderr for a model, size or file that cannot be used."""
     args = _parser().parse_args(arguments)
     if not args.out.absolute().parent.is_dir():
         print(f"srpo sample: no folder {args.out.parent} to write to: make it first", file=sys.stderr)
+        return 1
+    if args.out.suffix.lower() not in PIL.Image.registered_extensions():
+        print(f"srpo sample: {args.out} does not say its format: end it in .png or .jpg", file=sys.stderr)
         return 1
     try:
         draw(args)

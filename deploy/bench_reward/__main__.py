@@ -31,7 +31,8 @@ from deploy.bench_reward.measure import Bench, Comparison
 from deploy.bench_reward.memory import Growth, memory_growth
 from deploy.bench_reward.models import embedded, large
 from deploy.bench_reward.servers import NUM_PROCESSES, baseline, service
-from deploy.settings import ROOT, LocalError
+from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError
+from deploy.signals import end_as_interrupted
 
 README = ROOT / "README.md"
 RESULT = ROOT / "deploy" / "runs" / "results" / "reward.json"
@@ -146,7 +147,7 @@ def say(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 with what failed on stderr."""
+    """Exit code 0, 1 with what failed on stderr, or 130 where it was interrupted."""
     parser = argparse.ArgumentParser("deploy.bench_reward", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short round, nothing is written")
     parser.add_argument("--memory", action="store_true", help="only the memory, nothing is written")
@@ -161,6 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (BenchError, LocalError, TimeoutError) as error:
             print(f"make bench-reward: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("make bench-reward: interrupted; what it started is stopped", file=sys.stderr)
+            return EXIT_INTERRUPTED
     print("\n" + result["table"] + "\n")
     print("\n".join(goal["line"] for goal in result["goals"]))
     if not args.quick:
@@ -182,4 +186,5 @@ def write(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    end_as_interrupted()
     sys.exit(main())

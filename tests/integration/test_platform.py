@@ -6,6 +6,8 @@ One set of services for the whole file, at tiny size with random weights; nothin
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import PIL.Image
 import psutil
 import pytest
@@ -21,9 +24,10 @@ import torch
 import yaml
 
 from deploy.demo import demo, table
-from deploy.local import LocalServices
+from deploy.local import LocalServices, main
 from deploy.settings import ROOT, LocalError, Settings, free_port
-from services.jobs import Jobs, JobsError
+from services.jobs import ADDRESS_VARIABLES, Jobs, JobsError
+from services.tracking import Tracker
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
 from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
@@ -88,6 +92,11 @@ def write_run(folder: Path, name: str, positive: str, negative: str, **changes: 
     return path
 
 
+def at(where: Settings) -> dict[str, Any]:
+    """The sections of a run file that name the services."""
+    return {"reward_service": {"url": where.serve_url}, "tracking": {"uri": where.mlflow_url}}
+
+
 def srpo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "services.cli", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
@@ -116,14 +125,40 @@ def test_a_reward_that_cannot_load_is_named_and_nothing_is_left_running(folder: 
     assert not services.mlflow.is_running()
 
 
-def test_a_ray_that_gives_up_is_started_once_more(folder: Path, where: Settings) -> None:
+def test_a_ray_that_gives_up_is_started_once_more_and_knows_no_other_cluster(
+    folder: Path, where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ADDRESS_VARIABLES:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     services = LocalServices(Settings(free_port(), free_port(), free_port(), folder / "again", where.serve_config))
     services.ray.start([sys.executable, "-c", "raise SystemExit('timed out during startup')"], folder, {})
     try:
         services._wait_for_ray(f"{services.settings.dashboard_url}/api/serve/applications/")
         assert services.ray.is_running()
+        leader = json.loads((folder / "again" / "ray.json").read_text(encoding="utf-8"))["pid"]
+        environment = psutil.Process(leader).environ()
+        assert "RAY_AUTH_MODE" in environment
+        assert not environment.keys() & set(ADDRESS_VARIABLES)
     finally:
         services.down()
+
+
+def test_an_up_that_is_terminated_leaves_nothing_running(folder: Path, where: Settings) -> None:
+    run_dir = folder / "terminated"
+    ports = [f"--{name}-port={free_port()}" for name in ("dashboard", "serve", "mlflow")]
+    command = [*(sys.executable, "-m", "deploy.local", "up", f"--run-dir={run_dir}"), *ports]
+    command.append(f"--serve-config={where.serve_config}")
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        assert any(" is up " in line for line in up.stdout)  # the first of the three
+        services = LocalServices(replace(where, run_dir=run_dir))
+        family = services.ray.members() + services.mlflow.members()
+        assert family
+        up.send_signal(signal.SIGTERM)
+        up.communicate(timeout=60)
+    assert up.returncode == 130
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not list(run_dir.glob("*.json"))
 
 
 def test_score_prints_reward_and_both_similarities(services: LocalServices, folder: Path) -> None:
@@ -146,8 +181,7 @@ def test_a_failing_job_fails_the_command_and_shows_why(services: LocalServices, 
 
 def test_evaluate_compares_in_a_job_of_its_own(services: LocalServices, folder: Path) -> None:
     settings = services.settings
-    where = {"reward_service": {"url": settings.serve_url}, "tracking": {"uri": settings.mlflow_url}}
-    run = write_run(folder, "judged", "3D", "Flat", comparison={"num_draws": 20}, **where)
+    run = write_run(folder, "judged", "3D", "Flat", comparison={"num_draws": 20}, **at(settings))
     result = srpo("evaluate", run.name, "again=flux", "--address", settings.dashboard_url, cwd=folder)
     assert result.returncode == 0, result.stdout
     numbers = json.loads((folder / "outputs/judged/comparison/numbers.json").read_text(encoding="utf-8"))
@@ -160,6 +194,33 @@ def test_a_wrong_token_is_refused_with_the_cure(services: LocalServices, monkeyp
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     with pytest.raises(JobsError, match="token"):
         Jobs(services.settings.dashboard_url)
+
+
+def test_the_address_that_is_given_counts_whatever_the_environment_names(
+    services: LocalServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ADDRESS_VARIABLES:
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    Jobs(services.settings.dashboard_url).list()
+    assert os.environ.keys() >= set(ADDRESS_VARIABLES)
+
+
+def test_rays_own_command_trains(services: LocalServices, folder: Path) -> None:
+    """As README.md has it; such a job runs in the checkout."""
+    address, output_dir = services.settings.dashboard_url, folder / "plain_outputs"
+    run = write_run(folder, "plain", "3D", "Flat", output_dir=str(output_dir), **at(services.settings))
+    tree = yaml.safe_load(run.read_text(encoding="utf-8"))
+    for section, key in (("model", "path"), ("prompts", "path"), ("evaluation", "prompts_path")):
+        tree[section][key] = str(folder / tree[section][key])
+    tree["evaluation"]["judge_path"] = None
+    run.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--"]
+    command += ["python", "-m", "trainer.launch", str(run)]
+    environment = os.environ | {"RAY_AUTH_MODE": "token"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "done: " in result.stdout
+    assert (output_dir / "plain" / "evaluation.json").is_file()
 
 
 def test_a_stopped_job_ends(services: LocalServices, folder: Path, run_files: list[Path], monkeypatch: Any) -> None:
@@ -187,12 +248,33 @@ def test_demo_shows_both_directions_and_leaves_running_services_up(
     assert services.mlflow.is_running()
 
 
-def test_down_leaves_no_process_and_no_listener(services: LocalServices, where: Settings) -> None:
+def test_down_ends_jobs_and_leaves_no_process_and_no_listener(
+    services: LocalServices, where: Settings, folder: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    job_id = submit_endless(where, folder)
     leaders = [json.loads((where.run_dir / f"{name}.json").read_text())["pid"] for name in ("ray", "mlflow")]
     family = [child for pid in leaders for child in psutil.Process(pid).children(recursive=True)]
-    assert LocalServices(where).down() == ["ray", "mlflow"]
+    assert main(["down", f"--run-dir={where.run_dir}", f"--dashboard-port={where.dashboard_port}"]) == 0
+    told = capsys.readouterr().out
+    assert f"stopping job {job_id}" in told
+    assert "stopped: ray, mlflow" in told
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for port in (where.dashboard_port, where.serve_port, where.mlflow_port):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
     assert LocalServices(where).down() == []
+    store = f"sqlite:///{where.run_dir / 'mlflow' / 'mlflow.db'}"
+    run_id = Tracker.latest(store, "srpo", "endless").run_id
+    assert mlflow.MlflowClient(store).get_run(run_id).info.status == "KILLED"
+
+
+def submit_endless(where: Settings, folder: Path) -> str:
+    """A training that has begun and would go on for hours; its job."""
+    jobs, printed = Jobs(where.dashboard_url), ""
+    job_id = jobs.submit(write_run(folder, "endless", "3D", "Flat", num_steps=10**6, **at(where)))
+    for piece in jobs.follow(job_id):
+        printed += piece
+        if "step 1/" in printed:
+            return job_id
+    raise AssertionError(printed)

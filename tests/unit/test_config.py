@@ -189,6 +189,13 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
         load_run_config(path)
 
 
+def test_a_run_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes("name: größer\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml is not UTF-8 text"):
+        load_run_config(path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read run file .*absent\.yaml"):
         load_run_config(tmp_path / "absent.yaml")

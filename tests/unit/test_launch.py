@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import ray
 import torch
@@ -16,10 +17,11 @@ from deploy.settings import free_port
 from reward_server.models import ClipArgs
 from reward_server.worker import Worker, WorkerArgs
 from services.config import load_run_config
+from services.tracking import RunStatus, Tracker, TrackingError
 from tests.encoded import write_latents
 from tests.serving import reward_app, serve_app
 from tests.tiny_models import make_tiny_clip
-from trainer.launch import main, with_absolute_paths
+from trainer.launch import finish, main, with_absolute_paths
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,18 @@ def test_paths_become_absolute_and_a_hub_id_stays(run: dict[str, Any], tmp_path:
     assert dataset is not None
     assert (dataset.path, dataset.latents_path) == (tmp_path / "images", tmp_path / "latents")
     assert config.output_dir == tmp_path / "outputs"
+
+
+def test_a_record_that_cannot_be_ended_hides_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = Tracker.start(uri, "srpo", "tiny")
+    mlflow.MlflowClient(uri).delete_run(tracker.run_id)
+    failures: tuple[RunStatus, ...] = ("FAILED", "KILLED")
+    for status in failures:
+        finish(tracker, status)
+        assert f"cannot end the run as {status}" in capsys.readouterr().err
+    with pytest.raises(TrackingError, match="cannot end the run as FINISHED"):
+        finish(tracker, "FINISHED")
 
 
 def assert_refused(run: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import LocalServices, ensure_token
+from deploy.local import LocalServices, ensure_token, main
 from deploy.settings import ROOT, LocalError, Settings, check_port, free_port
 
 PORTS = ("dashboard", "serve", "mlflow")
@@ -63,8 +63,20 @@ def test_a_service_that_dies_while_starting_is_reported_with_its_last_words(tmp_
         services._wait("MLflow", services.mlflow, lambda: False)
 
 
-def test_a_missing_serve_config_is_named_and_nothing_is_started(tmp_path: Path) -> None:
-    where = Settings(free_port(), free_port(), free_port(), tmp_path / "run", tmp_path / "absent.yaml")
-    with pytest.raises(LocalError, match=r"absent\.yaml.*SRPO_SERVE_CONFIG"):
+@pytest.mark.parametrize("content", [None, b"", b"- a list", b"\xff"])
+def test_a_serve_config_that_cannot_be_used_is_named_and_nothing_is_started(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "serve.yaml").write_bytes(content)
+    where = Settings(free_port(), free_port(), free_port(), tmp_path / "run", tmp_path / "serve.yaml")
+    with pytest.raises(LocalError, match=r"serve\.yaml.*SRPO_SERVE_CONFIG"):
         LocalServices(where).up()
     assert not (tmp_path / "run").exists()
+
+
+def test_down_names_a_record_that_was_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ray.json").write_text("{", encoding="utf-8")
+    assert main(["down", f"--run-dir={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "ray.json") in line

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from deploy.process import OwnedProcess
+from deploy.settings import LocalError
 
 WAIT_FOR_SIGNAL = "import signal; signal.pause()"
 PARENT = f"""
@@ -19,6 +21,12 @@ child = subprocess.Popen([sys.executable, "-c", {WAIT_FOR_SIGNAL!r}])
 print(child.pid, file=open("child", "w"), flush=True)
 open("is_ready", "w")
 child.wait()
+"""
+
+
+LEAVER = f"""
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", {WAIT_FOR_SIGNAL!r}], stdout=subprocess.DEVNULL).pid)
 """
 
 
@@ -76,3 +84,47 @@ def test_a_process_that_merely_has_the_pid_is_left_alone(stranger: psutil.Proces
     assert not owned.is_running()
     assert not owned.stop()
     assert is_alive(stranger)
+
+
+def test_the_session_of_a_stranger_is_left_alone_when_its_leader_has_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LEAVER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as leader:
+        child = psutil.Process(int(leader.communicate()[0]))
+    record = {"pid": leader.pid, "started": time.time() - 1, "notes": {}}
+    (tmp_path / "parent.json").write_text(json.dumps(record))
+    try:
+        assert os.getsid(child.pid) == leader.pid
+        assert not OwnedProcess("parent", tmp_path).stop()
+        assert is_alive(child)
+    finally:
+        child.kill()
+
+
+def test_after_a_reboot_no_session_is_ours(owned: OwnedProcess, tmp_path: Path) -> None:
+    leader, child = leader_and_child(tmp_path)
+    leader.kill()
+    os.waitpid(leader.pid, 0)
+    record = json.loads((tmp_path / "parent.json").read_text()) | {"started": psutil.boot_time() - 100}
+    (tmp_path / "parent.json").write_text(json.dumps(record))
+    try:
+        assert not owned.stop()
+        assert is_alive(child)
+    finally:
+        child.kill()
+
+
+@pytest.mark.parametrize("text", ['{"pid": 12', "[]", '{"pid": 12}'])
+def test_a_record_that_cannot_be_read_is_named_with_the_cure(text: str, tmp_path: Path) -> None:
+    (tmp_path / "parent.json").write_text(text)
+    with pytest.raises(LocalError, match=r"parent\.json .*parent.* delete the file"):
+        OwnedProcess("parent", tmp_path).stop()
+
+
+def test_a_variable_can_be_taken_out_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SRPO_TEST_KEPT", "SRPO_TEST_TAKEN"):
+        monkeypatch.setenv(name, "1")
+    owned = OwnedProcess("parent", tmp_path)
+    show = "import os; print(*sorted(name for name in os.environ if name.startswith('SRPO_TEST')))"
+    owned.start([sys.executable, "-c", show], tmp_path, {"SRPO_TEST_TAKEN": None, "SRPO_TEST_GIVEN": "1"})
+    os.waitpid(json.loads((tmp_path / "parent.json").read_text())["pid"], 0)
+    assert owned.last_lines() == "SRPO_TEST_GIVEN SRPO_TEST_KEPT"

@@ -58,3 +58,11 @@ def test_rank_words_draws_a_picture_for_each_prompt(flux_folder: Path) -> None:
 def test_rank_words_names_a_model_that_cannot_draw() -> None:
     with pytest.raises(TrialError, match=r"absent cannot draw.*model.path"):
         draw_pictures("absent", ("red heart",))
+
+
+def test_a_file_without_a_format_is_named_before_anything_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["nowhere/at/all", "--prompt", "key", "-o", str(tmp_path / "key")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'key'} does not say its format" in line

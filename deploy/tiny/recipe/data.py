@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import subprocess
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +39,10 @@ NAMES = "emojibase-data@17.0.0"
 COMPONENTS, FLAGS = 2, 9  # emojibase's groups
 
 
+class RecipeError(RuntimeError):
+    """A stage cannot be made here; the text names what it lacks and the cure."""
+
+
 @dataclass(frozen=True)
 class Emoji:
     """images (subjects, 4 styles, 3, 64, 64) uint8 on white; labels and tags by subject; heldout (subjects,) bool.
@@ -62,13 +67,15 @@ class Emoji:
 
 
 def fetch(folder: Path) -> None:
-    """Download the five npm packages into `folder` (npm checks their integrity)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Download the five npm packages into `folder` (npm checks their integrity). Raises RecipeError without npm."""
     packages = [NAMES, *(package for package, _, _ in SOURCES.values())]
-    for package in packages:
-        if not _archive(folder, package).exists():
-            print(f"fetching {package}", flush=True)
-            subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, timeout=600)
+    missing = [package for package in packages if not _archive(folder, package).exists()]
+    if missing and shutil.which("npm") is None:
+        raise RecipeError(f"{missing[0]} comes from npm, which is not installed: install Node.js, which brings it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for package in missing:
+        print(f"fetching {package}", flush=True)
+        subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, timeout=600)
 
 
 def render(folder: Path, out: Path) -> None:

@@ -104,7 +104,7 @@ class Tokens:
 
 
 def train(emoji: Emoji, vae: AutoencoderKL, checkpoint: Path, out: Path) -> None:
-    """Train from scratch or from `checkpoint` and save the FluxPipeline to `out` (its vae/ is there already)."""
+    """Train from scratch or from `checkpoint` and save the FluxPipeline, VAE and all, to `out`."""
     torch.manual_seed(SEED)
     clip, t5 = clip_tokenizer(emoji, MAX_LENGTH), t5_tokenizer(emoji, MAX_LENGTH)
     training = (~emoji.heldout).nonzero().flatten()
@@ -143,7 +143,9 @@ def train(emoji: Emoji, vae: AutoencoderKL, checkpoint: Path, out: Path) -> None
                 flush=True,
             )
             total = 0.0
-            torch.save({"step": step + 1, **{name: part.state_dict() for name, part in state.items()}}, checkpoint)
+            draft = checkpoint.with_name(f"{checkpoint.name}.draft")
+            torch.save({"step": step + 1, **{name: part.state_dict() for name, part in state.items()}}, draft)
+            draft.replace(checkpoint)  # whole, whenever it is interrupted
     save(ema.module, clip, t5, vae, out)
 
 
