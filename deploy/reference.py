@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
@@ -155,7 +156,7 @@ def compare(reference: Reference) -> dict[str, float]:
             "preference_scale": _relative(outcome.preference_scales[0, 0], scale),
             "reward": _relative(outcome.rewards[0], tensors[f"branch{number}.reward"].view(-1)),
         }
-        errors |= {name: max(error, errors.get(name, 0.0)) for name, error in forward.items()}
+        errors |= {name: _largest([error, errors.get(name, 0.0)]) for name, error in forward.items()}
     errors["loss of the last branch"] = _relative(loss, torch.tensor(facts["loss_last_branch"]))
     return errors | _gradient_errors(flux.transformer, reference)
 
@@ -189,7 +190,12 @@ def _gradient_errors(transformer: nn.Module, reference: Reference) -> dict[str, 
     }
     errors = [float((ours[name] - each).norm() / (each.norm() + _NO_GRADIENT)) for name, each in theirs.items()]
     norm = torch.nn.utils.get_total_norm(ours.values())
-    return {GRADIENTS: max(errors), GRADIENT_NORM: _relative(norm, torch.tensor(reference.facts["grad_norm"]))}
+    return {GRADIENTS: _largest(errors), GRADIENT_NORM: _relative(norm, torch.tensor(reference.facts["grad_norm"]))}
+
+
+def _largest(errors: Sequence[float]) -> float:
+    """NaN if one is, unlike what max makes of it."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
@@ -215,8 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 is_close = error <= tolerance(name)
                 is_within &= is_close
                 print(f"  {name:24}{error:9.1e}{'' if is_close else f'  over {tolerance(name):.0e}'}")
-    except (VectorsError, KeyError, OSError, ValueError) as error:
-        print(f"make reference: {path}: {type(error).__name__}: {error}", file=sys.stderr)
+    except (VectorsError, KeyError, OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        print(f"make reference: {path}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0 if is_within else 1
 

@@ -56,28 +56,29 @@ class ModelConfig(Frozen):
 
 
 class RolloutConfig(Frozen):
-    num_steps: Positive = 25
-    guidance_scale: float = 1.0
-    shift: float | Literal["dynamic"] = 3.0  # "dynamic": FLUX's own, by resolution
+    num_steps: Positive = 25  # forwards of the policy from noise to image, without gradient
+    guidance_scale: float = 1.0  # the guidance embedding, not classifier-free guidance: one forward a step
+    # Of the sigmas, in evaluation and for the noise levels of training as well; "dynamic": FLUX's own, by resolution.
+    shift: float | Literal["dynamic"] = 3.0
 
 
 class OptimizerConfig(Frozen):
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)]  # AdamW's, constant
     betas: tuple[float, float] = (0.9, 0.999)
     # AdamW's, beside the root mean square of a parameter's gradient. A large one (with max_grad_norm above the norms
     # that occur) lets small gradients make small steps, so that a run slows down as its images are satisfied.
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: float = 1e-4
-    max_grad_norm: Annotated[float, Field(gt=0)] = 0.1
+    max_grad_norm: Annotated[float, Field(gt=0)] = 0.1  # the whole gradient is scaled down to this norm
 
 
 class EngineConfig(Frozen):
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    num_workers: Positive = 1
+    zero_stage: Literal[0, 1, 2, 3] = 2  # 0 shards nothing, 1 the optimiser, 2 gradients as well, 3 weights as well
+    num_workers: Positive = 1  # processes, each on a GPU of its own with use_gpu
     micro_batch: Positive = 1  # prompts per forward and worker
     global_batch: Positive = 1  # prompts per optimiser step over all workers
-    threads_per_worker: Positive = 1
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    threads_per_worker: Positive = 1  # of torch
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0  # what Ray sets aside
     use_gpu: bool = False
     gradient_checkpointing: bool = False  # recompute transformer blocks and VAE decoder in the backward
 
@@ -97,8 +98,8 @@ class EngineConfig(Frozen):
 
 
 class CheckpointConfig(Frozen):
-    every_num_steps: Positive = 10
-    num_kept: Positive = 2
+    every_num_steps: Positive = 10  # and after the last step; a restart repeats the steps since
+    num_kept: Positive = 2  # the newest ones, or with a guard its best
     max_failures: Annotated[int, Field(ge=0)] = 2  # worker deaths that a run survives
 
 
@@ -106,12 +107,12 @@ class EvaluationConfig(Frozen):
     """Fixed prompts and seeds; judges are for evaluation only and never give a gradient."""
 
     prompts_path: PromptsPath  # held out from training
-    num_images_per_prompt: Positive = 1
+    num_images_per_prompt: Positive = 1  # each with noise of its own
     num_grid_images: Positive = 24  # in the sample grids of a running training
-    num_steps: Positive = 25
+    num_steps: Positive = 25  # of sampling, as guidance_scale: FLUX.1-dev's own
     guidance_scale: float = 3.5
     every_num_steps: Positive = 20  # sample grids during training
-    batch: Positive = 32
+    batch: Positive = 32  # images drawn, judged and scored at once, by each worker
     judge_path: Path | None = None  # folder with style/, subject/ and reference.safetensors
     reference_path: Path | None = None  # folder of real pictures; the distance to them is frechet_reference
 
@@ -167,7 +168,7 @@ class GuardConfig(Frozen):
     last step, or where a rule has ended it, of the last check at which no rule was violated.
     """
 
-    every_num_steps: Positive = 10
+    every_num_steps: Positive = 10  # and before the first and after the last step
     prompts_path: PromptsPath | None = None  # None: some of the training prompts; never the evaluation's
     num_prompts: Annotated[int, Field(ge=2)] = 64  # drawn by the seed
     num_images_per_prompt: Positive = 1  # from 2 on, guard/diversity_seeds tells how they differ
@@ -187,18 +188,18 @@ class ComparisonConfig(Frozen):
 
     num_images_per_prompt: Positive = 2
     num_draws: Positive = 1000  # of the prompts, with replacement
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95  # of the intervals
 
 
 class TrackingConfig(Frozen):
-    uri: str = "http://127.0.0.1:5000"
+    uri: str = "http://127.0.0.1:5000"  # of an MLflow server, or sqlite:///FILE
     experiment: str = "srpo"
 
 
 class RunConfig(Frozen):
     name: str
-    seed: int = 0
-    num_steps: Positive
+    seed: int = 0  # of all that is drawn: prompts, levels, words, noise
+    num_steps: Positive  # each a rollout of global_batch prompts and its update
     output_dir: Path = Path("outputs")  # the run writes to output_dir/name
     model: ModelConfig
     prompts: PromptsConfig = PromptsConfig()
@@ -224,6 +225,16 @@ class RunConfig(Frozen):
         if (self.prompts.path is None) == (self.dataset is None):
             given = "neither" if self.dataset is None else "both (a dataset's captions are its prompts)"
             raise ValueError(f"give either prompts.path, to roll out, or dataset, to train on real images, not {given}")
+        return self
+
+    @model_validator(mode="after")
+    def _levels_are_between_noise_and_image(self) -> RunConfig:
+        first, last, num_steps = *self.objective.grid_index_range, self.objective.num_grid_steps
+        if self.objective.sigma_range is None and not 0 < first < last < num_steps:
+            raise ValueError(
+                f"objective.grid_index_range must rise within (0, {num_steps}), not {(first, last)}: at its ends "
+                "sigma is 1, where nothing can be recovered, and 0, where there is nothing to train"
+            )
         return self
 
     @model_validator(mode="after")

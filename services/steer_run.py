@@ -23,7 +23,7 @@ def steer_run(args: argparse.Namespace) -> int:
         asked.check(load_run_config(tracker.run_file(Path(folder))))
     tags = tracker.tags()
     before = _asked_last(tags.get(TAG), last_in_force(tags))
-    asked = asked.model_copy(update={"version": before.version + 1})
+    asked = Steering.parse(asked.model_dump() | {"version": before.version + 1})
     tracker.set_tag(TAG, asked.to_tag())
     print(f"{args.run} from its next step on: {asked.told}")
     print(f"before, {before.told}")

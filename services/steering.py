@@ -26,6 +26,7 @@ TAG = "srpo.steering"
 ERROR_TAG = "srpo.steering_error"
 _LARGEST = 1e6  # of a scale or weight: beyond it lie typing mistakes, and the infinities of float32
 _MAX_REASON_CHARS = 500
+_LAST_VERSION = 10**9
 
 
 class SteeringError(ValueError):
@@ -39,7 +40,7 @@ class Steering(Frozen):
     'version 3: Flat | 3D'
     """
 
-    version: Annotated[int, Field(ge=0, le=10**9)] = 0  # 0 in a tag: the next one
+    version: Annotated[int, Field(ge=0, le=_LAST_VERSION)] = 0  # 0 in a tag: the next one
     positive: Word | None = None  # both words, or none
     negative: Word | None = None
     # k, of both branches, of every reward and at every level
@@ -58,7 +59,7 @@ class Steering(Frozen):
         """What a tag asks for; None where the run has none. Raises SteeringError."""
         try:
             tree = {} if text is None else json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SteeringError(f"not JSON: {error} (got {shown(text)})") from error
         return cls.parse(tree)
 
@@ -85,10 +86,14 @@ class Steering(Frozen):
         """What comes into force where this is asked for: `in_force` itself if that is what this asks for.
 
         An edit that keeps or omits the version of what is in force gets the next one; so no two share a version.
+        Raises SteeringError where there is no next one.
         """
         if self.version <= in_force.version and self.model_copy(update={"version": in_force.version}) == in_force:
             return in_force
-        return self.model_copy(update={"version": max(self.version, in_force.version + 1)})
+        version = max(self.version, in_force.version + 1)
+        if version > _LAST_VERSION:
+            raise SteeringError(f"version {in_force.version} is in force, the last there is: no edit can follow")
+        return self.model_copy(update={"version": version})
 
     def check(self, config: RunConfig) -> None:
         """Raise SteeringError for what this run does not know, or what would have no effect on it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -12,21 +12,26 @@ from trainer.latents import Manifest, Shard, vae_checksum, write_manifest, write
 
 
 def write_latents(
-    folder: Path, model: Path, buckets: Mapping[Size, tuple[Tensor, Sequence[str]]], per_shard: int = 3
+    folder: Path,
+    model: Path,
+    source: Path,
+    buckets: Mapping[Size, tuple[Tensor, Sequence[str]]],
+    per_shard: int = 3,
+    name: Callable[[str], str] = str,
 ) -> None:
-    """Each size's latents (num_images, tokens, channels) and captions."""
+    """Each size's latents (num_images, tokens, channels) and captions; `name` gives an image's by its caption."""
     folder.mkdir(exist_ok=True)
     shards = []
     for size, (latents, captions) in buckets.items():
         for start in range(0, len(latents), per_shard):
             file, said = f"{size[0]}x{size[1]}-{start}.safetensors", tuple(captions[start : start + per_shard])
             write_shard(folder / file, latents[start : start + per_shard])
-            shards.append(Shard(file=file, size=size, names=said, captions=said))
+            shards.append(Shard(file=file, size=size, names=tuple(map(name, said)), captions=said))
     manifest = Manifest(
         model=str(model),
         vae_checksum=vae_checksum(model),
         dtype="float32",
-        source="nowhere",
+        source=str(source),
         source_checksum="0",
         sizes=tuple(buckets),
         shards=tuple(shards),

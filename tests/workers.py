@@ -22,6 +22,21 @@ def _worker(rank: int, num_workers: int, port: int, function: Callable[..., Any]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
+    shard_every_parameter()
     function(rank, *arguments)
     dist.barrier()  # a worker that leaves early aborts the others' connection
     dist.destroy_process_group()
+
+
+def shard_every_parameter() -> None:
+    """In this worker, stage 3 shards small tensors too; DeepSpeed keeps those below 1e5 numbers whole on each worker,
+    which all of our tests' are."""
+    import deepspeed  # in the worker: it reads the environment on import
+
+    initialize = deepspeed.initialize
+
+    def sharding(*, config: dict[str, Any], **arguments: Any) -> Any:
+        zero = config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
+        return initialize(config=config | {"zero_optimization": zero}, **arguments)
+
+    deepspeed.initialize = sharding

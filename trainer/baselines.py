@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from services.config import RunConfig
@@ -43,9 +44,11 @@ class _LateStepLearner(StepLearner[LateStep]):
     def learn(self, step: LateStep) -> None:
         config = self._config
         with self.numbers.timed("branches"):
-            outcome = late_step_loss(
-                step, self._engine.policy, self._flux, self._score, config.objective.kind, config.rewards
-            )
+            with self._told_of(step.pairs):
+                outcome = late_step_loss(
+                    step, self._engine.policy, self._flux, self._score, config.objective.kind, config.rewards
+                )
+            self._require_finite("the loss", outcome.loss, step.pairs)
             self._engine.backward(outcome.loss)
         self.numbers.add("loss", outcome.loss)
         self.numbers.add("sigma", step.sigma)
@@ -71,9 +74,17 @@ class ReflLearner(_LateStepLearner):
                 self._pairs(samples),
                 self._sampling(samples),
                 torch.tensor(drawn),
+                self._most(max(drawn)),
                 self._image_noise(samples, 0),
             )
+        self._require_finite("a late latent", late.latents, late.pairs)
         return [[late]]
+
+    def _most(self, number: int) -> int:
+        """The largest of all workers' numbers."""
+        most = torch.tensor(number, device=self._flux.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
 
 class DraftLvLearner(_LateStepLearner):
@@ -102,6 +113,7 @@ class GrpoLearner(StepLearner[NoisyStep]):
         with self.numbers.timed("branches"):
             log_ratios = log_ratio(step, self._engine.policy, self._flux, method.noise_level)
             loss = clipped_loss(log_ratios, step.advantages, method.clip_range)
+            self._require_finite("the loss", loss, step.pairs)
             self._engine.backward(loss)
         self.numbers.add("loss", loss)
         self.numbers.add("sigma", step.sigma)
@@ -122,6 +134,7 @@ class GrpoLearner(StepLearner[NoisyStep]):
                 self._sampling(samples),
                 method.noise_level,
             )
+        self._require_finite("a clean latent", rollout.clean, rollout.pairs)
         rewards = self._rewards(rollout, self._member_noise(samples))
         advantages = group_advantages(rewards.view(-1, size)).flatten()
         drawn = [draw_levels(seed, step, each, (1, num_steps - 2), method.num_trained_steps) for each in indices]
@@ -141,12 +154,13 @@ class GrpoLearner(StepLearner[NoisyStep]):
             images = self._flux.decode_image(rollout.clean, sampling.height_px, sampling.width_px)
         started = time.perf_counter()
         no_scale = torch.zeros(len(images))
-        judged = [
-            BranchReward(reward, config.objective.kind, "denoise", no_scale).judge(
-                images, rollout.pairs, image_noise, self._score
-            )
-            for reward in config.rewards
-        ]
+        with self._told_of(rollout.pairs):
+            judged = [
+                BranchReward(reward, config.objective.kind, "denoise", no_scale).judge(
+                    images, rollout.pairs, image_noise, self._score
+                )
+                for reward in config.rewards
+            ]
         self.numbers.add_seconds("reward", time.perf_counter() - started)
         return _note_rewards(self.numbers, config.rewards, torch.stack([each.rewards for each in judged]))
 

@@ -24,15 +24,27 @@ Encode = Callable[[Sequence[str]], Conditioning]
 
 def used_prompts(config: RunConfig) -> list[Located]:
     """Every prompt that the run will encode, once, with where it stands. Raises PromptsError naming the key as well."""
+    return _once((*drawn_prompts(config), *judged_prompts(config)))
+
+
+def drawn_prompts(config: RunConfig) -> list[Located]:
+    """Those that training will draw. Raises PromptsError or DatasetError."""
     batches = open_batches(config)
     place_of = dict(batches.located)
-    drawn = (
-        Located(prompt, place_of[prompt]) for step in range(config.num_steps) for prompt in batches.batch(step).prompts
-    )
+    drawn = (prompt for step in range(config.num_steps) for prompt in batches.batch(step).prompts)
+    return _once(Located(prompt, place_of[prompt]) for prompt in drawn)
+
+
+def judged_prompts(config: RunConfig) -> list[Located]:
+    """Those of evaluation and guard. Raises PromptsError."""
     held_out = located_prompts(config, "evaluation.prompts_path", config.evaluation.prompts_path)
-    guard = located_guard_prompts(config, config.guard) if config.guard else ()
+    return _once((*held_out, *(located_guard_prompts(config, config.guard) if config.guard else ())))
+
+
+def _once(prompts: Iterable[Located]) -> list[Located]:
+    """Each text at its first place."""
     by_text: dict[str, Located] = {}
-    for each in (*drawn, *held_out, *guard):
+    for each in prompts:
         by_text.setdefault(each.prompt, each)
     return list(by_text.values())
 

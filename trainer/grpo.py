@@ -74,6 +74,7 @@ class NoisyStep:
     log_density: Tensor
     advantages: Tensor
     conditioning: Conditioning
+    pairs: tuple[PromptPair, ...]
     sampling: Sampling
 
 
@@ -106,6 +107,7 @@ class NoisyRollout:
             log_density=self.log_densities[numbers, rows],
             advantages=advantages,
             conditioning=self.conditioning,
+            pairs=self.pairs,
             sampling=self.sampling,
         )
 

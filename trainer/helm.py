@@ -4,26 +4,27 @@
     learner.follow(helm.config)
 
 What cannot come into force is refused with a tag that says why; the training goes on with what was in force. So it does
-while MLflow does not answer. What is in force is on the MLflow run and in the checkpoints, and a restarted training
-takes up the later of the two; steps that it repeats may see a tag that is newer than what they saw before.
+where MLflow does not tell the tags; a record that it does not take ends the workers (record.py). What is in force is on
+the MLflow run and in the checkpoints, and a restarted training takes up the later of the two; steps that it repeats may
+see a tag that is newer than what they saw before.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from services.config import RunConfig
-from services.contract import ContractError, PromptPair, RewardRequest, WeightedReward
 from services.reward_client import RewardClient, RewardError
 from services.steering import ERROR_TAG, TAG, Steering, SteeringError, last_in_force, version_tag
 from services.tracking import Tracker, TrackingError
+from trainer.probe import RefusedError, require_taken
+from trainer.prompt_files import Located
 
 _READ_TIMEOUT_S = 5.0  # a step waits no longer for MLflow
 _FILE = "steering.json"
@@ -32,10 +33,15 @@ _logger = logging.getLogger(__name__)
 Log = Callable[[Callable[[Tracker], None]], None]
 
 
+class Unanswered(SteeringError):
+    """Whether it can come into force is not known yet: it is asked again before the next step."""
+
+
 class Helm:
     """What is in force, alike on all workers; only worker 0 has a `tracker` to read and a `log` to write to.
 
-    `try_out` is called with the run as it would go on. It raises SteeringError if the reward service refuses that.
+    `try_out` is called with the run as it would go on. It raises SteeringError if the reward service refuses that, and
+    Unanswered if it cannot be asked.
     """
 
     def __init__(
@@ -48,7 +54,7 @@ class Helm:
     ) -> None:
         self._run, self._device, self._log, self._try_out = config, device, log, try_out
         self._inbox = _Inbox(tracker) if tracker else None
-        self._refused: str | None = None  # the tag's text, so that it is tried once
+        self._refused: str | None = None  # the tag's text, so that what is refused is tried once
         self.in_force = last_in_force(tracker.tags()) if tracker else Steering()
 
     @property
@@ -80,7 +86,7 @@ class Helm:
             if asked != self.in_force:
                 self._try_out(asked.applied_to(self._run))
         except SteeringError as error:
-            self._refuse(text, str(error), tags.get(ERROR_TAG))
+            self._refuse(text, error, tags.get(ERROR_TAG))
             return
         self._refused = None
         if ERROR_TAG in tags:
@@ -90,25 +96,26 @@ class Helm:
             print(f"steered to {asked.told}", flush=True)
             self._log(lambda tracker: tracker.set_tag(version_tag(asked.version), asked.to_tag()))
 
-    def _refuse(self, text: str | None, reason: str, shown: str | None) -> None:
+    def _refuse(self, text: str | None, reason: SteeringError, shown: str | None) -> None:
         message = f"{reason}; {self.in_force.told} stays in force"
         if text != self._refused:
             print(f"refused {TAG}: {message}", flush=True)
-        self._refused = text
+        self._refused = None if isinstance(reason, Unanswered) else text
         if shown != message:
             self._log(lambda tracker: tracker.set_tag(ERROR_TAG, message))
 
 
-def try_out(client: RewardClient, config: RunConfig) -> None:
-    """Ask each reward about a black image under the run's words. Raises SteeringError where it does not answer."""
-    words, image = config.control_words, np.zeros((1, 3, config.model.height_px, config.model.width_px), np.uint8)
-    for reward in config.rewards:
-        asked, scale = (WeightedReward(reward.name),), reward.preference_scale_denoise.start
-        try:
-            pair = PromptPair("picture", words.positive, words.negative)
-            client.score(RewardRequest(image, (pair,), (scale,), asked, with_gradient=False))
-        except (ContractError, RewardError) as error:
-            raise SteeringError(f"reward {reward.name} does not take it: {error}") from error
+def try_out(client: RewardClient, drawn: Sequence[Located], config: RunConfig) -> None:
+    """Ask each reward about the longest prompts that training draws, under the run's words.
+
+    Raises SteeringError where it does not take them, and Unanswered where the service fails.
+    """
+    try:
+        require_taken(client, config, drawn)
+    except RefusedError as error:
+        raise SteeringError(str(error)) from error
+    except RewardError as error:
+        raise Unanswered(f"the reward service could not be asked, and will be again: {error}") from error
 
 
 class _Inbox:

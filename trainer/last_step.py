@@ -60,13 +60,19 @@ def roll_out_late(
     pairs: tuple[PromptPair, ...],
     sampling: Sampling,
     rollout_steps: Tensor,
+    num_forwards: int,
     image_noise: Tensor | None = None,
 ) -> LateStep:
-    """ReFL's: each sample as it is after rollout_steps (batch,) Euler steps from `noise` (batch, tokens, channels)."""
+    """ReFL's: each sample as it is after rollout_steps (batch,) Euler steps from `noise` (batch, tokens, channels).
+
+    num_forwards: how often the model is called, at least as often as any sample needs, and equally often on all workers
+    (ZeRO stage 3 gathers the weights in each call).
+    """
+    assert int(rollout_steps.max()) <= num_forwards
     sigmas = sigma_schedule(sampling.num_steps, sampling.shift).to(noise.device)
     rollout_steps = rollout_steps.to(noise.device)
     latents = late = noise
-    for number, (sigma, sigma_next) in enumerate(pairwise(sigmas[: int(rollout_steps.max()) + 1]), start=1):
+    for number, (sigma, sigma_next) in enumerate(pairwise(sigmas[: num_forwards + 1]), start=1):
         velocity = velocity_at(transformer, flux, latents, sigma, conditioning, sampling)
         latents = euler_step(latents, velocity, sigma, sigma_next)
         late = torch.where((rollout_steps == number)[:, None, None], latents, late)

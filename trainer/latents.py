@@ -23,7 +23,7 @@ from torch import Tensor
 from services.config import RunConfig
 from services.objective import Frozen
 from trainer.buckets import Size
-from trainer.captioned import DatasetError
+from trainer.captioned import DatasetError, list_images
 
 _MANIFEST = "manifest.json"
 _LATENTS = "latents"
@@ -92,6 +92,16 @@ class Latents:
                 f"dataset.latents_path {dataset.latents_path} was encoded for sizes {told(manifest.sizes)}, and the "
                 f"run trains {told(config.model.training_sizes)} (model.sizes): {_CURE}"
             )
+        if Path(manifest.source).resolve() != dataset.path.resolve():
+            raise DatasetError(
+                f"dataset.latents_path {dataset.latents_path} was encoded from {manifest.source}, and dataset.path is "
+                f"{dataset.path}: {_CURE}"
+            )
+        if manifest.dtype != config.model.dtype:
+            raise DatasetError(
+                f"dataset.latents_path {dataset.latents_path} was encoded in {manifest.dtype}, and model.dtype is "
+                f"{config.model.dtype}: {_CURE}"
+            )
         if model_folder is not None and vae_checksum(model_folder) != manifest.vae_checksum:
             raise DatasetError(
                 f"dataset.latents_path {dataset.latents_path} was encoded by the VAE of {manifest.model}, which is not "
@@ -111,6 +121,25 @@ class Latents:
             size: Bucket(self._folder, [shard for shard in shards if shard.size == size])
             for size in self._manifest.sizes
         }
+
+
+def require_unchanged(config: RunConfig) -> None:
+    """Raise DatasetError where the images' names or captions are no longer those that were encoded.
+
+    Opens no image: one that was painted over under its name goes unseen. A dataset that is not on this machine, as
+    training needs none, is not looked at.
+    """
+    dataset = config.dataset
+    if dataset is None or not dataset.path.exists():
+        return
+    shards = _read_manifest(dataset.latents_path).shards
+    encoded = {pair for shard in shards for pair in zip(shard.names, shard.captions, strict=True)}
+    if changed := sorted(encoded ^ {(image.name, image.caption) for image in list_images(dataset)}):
+        names = list(dict.fromkeys(name for name, _ in changed))
+        raise DatasetError(
+            f"dataset.path {dataset.path} has changed since it was encoded into {dataset.latents_path}: {len(names)} "
+            f"image(s) came, went or have another caption, the first is {names[0]}: {_CURE}"
+        )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Path:

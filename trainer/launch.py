@@ -27,10 +27,12 @@ from services.prompt_config import absolute
 from services.reward_client import RewardClient, RewardError
 from services.tracking import RunStatus, Tracker, TrackingError
 from trainer.batches import open_batches
-from trainer.conditioning import check_embeddings, used_prompts
+from trainer.conditioning import check_embeddings, drawn_prompts, judged_prompts
 from trainer.failures import EndAtMistakes, cause, mistakes_named
 from trainer.flow import level_sigmas, num_delta_levels
 from trainer.flux import check_model_path
+from trainer.latents import require_unchanged
+from trainer.probe import require_taken
 from trainer.stop_rules import BEST_STEP
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +108,9 @@ def validate(config: RunConfig) -> None:
     check_model_path(config.model.path)
     folder = Path(config.model.path)
     open_batches(config, folder if (folder / "vae").is_dir() else None)
-    check_embeddings(config, (each.prompt for each in used_prompts(config)))
+    require_unchanged(config)
+    drawn, judged = drawn_prompts(config), judged_prompts(config)
+    check_embeddings(config, (each.prompt for each in (*drawn, *judged)))
     judges = config.evaluation.judge_path
     if judges is not None and not judges.is_dir():
         raise LaunchError(f"evaluation.judge_path {judges} is not a folder: give one, or null to do without judges")
@@ -114,8 +118,9 @@ def validate(config: RunConfig) -> None:
         from trainer.measure import picture_files  # on use: only such a run waits for transformers
 
         picture_files(config.evaluation.reference_path)
-    if config.rollout.shift != "dynamic":
-        num_delta_levels(config.objective, level_sigmas(config.objective, config.rollout.shift))
+    shift, objective = config.rollout.shift, config.objective
+    if shift != "dynamic" or objective.sigma_range is not None:  # else the workers look, who have the model
+        num_delta_levels(objective, level_sigmas(objective, 1.0 if shift == "dynamic" else shift))
     service = config.reward_service
     with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=2) as client:
         offered = client.models()
@@ -129,6 +134,8 @@ def validate(config: RunConfig) -> None:
 
         check_guard(config, config.guard, offered)
     check_cluster(os.environ.get("RAY_ADDRESS", ""))
+    with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts) as client:
+        require_taken(client, config, drawn, judged)
 
 
 def check_cluster(address: str) -> None:

@@ -13,12 +13,15 @@ import torch
 
 from services.config import RunConfig
 from services.method import DirectAlignMethod, DraftLvMethod, GrpoMethod
-from services.reward_client import RewardRejected
+from trainer.conditioning import Encode
 from trainer.direct_align import BranchOutcome, branch_loss
-from trainer.flow import Branch, branches
+from trainer.engine import Engine
+from trainer.flow import Branch, branches, level_sigmas, num_delta_levels
+from trainer.flux import FluxModel
 from trainer.prompts import draw_levels, injection_generator
+from trainer.reward_loss import Score
 from trainer.rollout import Injection, Rollout
-from trainer.step_learner import MicroBatch, StepError, StepLearner
+from trainer.step_learner import MicroBatch, StepLearner
 
 
 def num_backwards(config: RunConfig) -> int:
@@ -34,7 +37,12 @@ def num_backwards(config: RunConfig) -> int:
 
 
 class Learner(StepLearner[Injection]):
-    """A rollout's material is its injections."""
+    """A rollout's material is its injections. Raises ValueError for a Δσ that the levels of a size have no room for."""
+
+    def __init__(self, config: RunConfig, engine: Engine, flux: FluxModel, score: Score, encode: Encode) -> None:
+        super().__init__(config, engine, flux, score, encode)
+        for sampling in self._samplings.values():  # only the model knows a dynamic shift
+            num_delta_levels(config.objective, level_sigmas(config.objective, sampling.shift))
 
     def learn(self, injection: Injection) -> None:
         """All branches of an injection, each one's backward before the next one's forward (Engine.backward: why)."""
@@ -54,12 +62,10 @@ class Learner(StepLearner[Injection]):
 
     def _judged(self, branch: Branch, injection: Injection) -> BranchOutcome:
         config = self._config
-        try:
+        with self._told_of(injection.rollout.pairs, f", branch {branch.name}"):
             return branch_loss(
                 branch, injection, self._engine.policy, self._flux, self._score, config.objective, config.rewards
             )
-        except (ValueError, RewardRejected) as error:
-            raise StepError(f"{self._where(injection.rollout.pairs)}, branch {branch.name}: {error}") from error
 
     def _injections(self, samples: MicroBatch, rollout: Rollout) -> list[Injection]:
         """The rollout's injections in order of their levels, from the least noisy one."""

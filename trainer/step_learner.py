@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from services.config import RunConfig
 from services.contract import PromptPair
+from services.reward_client import RewardRejected
 from trainer.batches import Batch, open_batches
 from trainer.conditioning import Encode
 from trainer.engine import Engine
@@ -141,6 +143,14 @@ class StepLearner(ABC, Generic[Material]):
         generators = [image_generator(self._config.seed, samples.step, index, number) for index in samples.indices]
         return torch.stack([torch.randn(3, *samples.batch.size, generator=each) for each in generators])
 
+    @contextmanager
+    def _told_of(self, pairs: Sequence[PromptPair], place: str = "") -> Iterator[None]:
+        """Within it, what a reward or its answer is found to be wrong with becomes a StepError of these prompts."""
+        try:
+            yield
+        except (ValueError, RewardRejected) as error:
+            raise StepError(f"{self._where(pairs)}{place}: {error}") from error
+
     def _require_finite(self, what: str, values: Tensor, pairs: Sequence[PromptPair]) -> None:
         """`values` has a row for each pair, or is 0-d and made of all of them."""
         is_finite = values.isfinite().flatten(1).all(dim=1) if values.ndim else values.isfinite().expand(len(pairs))
@@ -149,5 +159,5 @@ class StepLearner(ABC, Generic[Material]):
             raise StepError(f"{self._where(wrong)}: {what} is not finite")
 
     def _where(self, pairs: Sequence[PromptPair]) -> str:
-        prompts = ", ".join(repr(pair.prompt) for pair in pairs)
+        prompts = ", ".join(dict.fromkeys(repr(pair.prompt) for pair in pairs))
         return f"step {self._step + 1}, worker {dist.get_rank()}, prompts {prompts}"

@@ -25,7 +25,7 @@ from services.reward_client import RewardClient
 from services.tracking import Tracker
 from trainer.baselines import make_learner
 from trainer.batches import open_batches
-from trainer.conditioning import encoder, load_flux, used_prompts
+from trainer.conditioning import drawn_prompts, encoder, load_flux, used_prompts
 from trainer.engine import Engine, init_distributed
 from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
 from trainer.helm import Helm, try_out
@@ -83,7 +83,8 @@ class Worker:
             self._load_rewards()
             self._encode_prompts()
             self.learner = make_learner(config, self._engine, self._flux, self._score, self._encoded)
-            self._helm = Helm(config, self._device, tracker, self._log, partial(try_out, self._client))
+            drawn = drawn_prompts(config) if tracker else []
+            self._helm = Helm(config, self._device, tracker, self._log, partial(try_out, self._client, drawn))
 
     def _load_model(self) -> None:
         config, engine = self.config, self.config.engine

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from deploy.settings import free_port
 from services.cli import main
 from services.config import load_run_config
 from services.reward_client import RewardClient
 from services.steering import TAG, Steering, SteeringError, version_tag
 from services.tracking import Tracker
-from trainer.helm import try_out
+from trainer.helm import Unanswered, try_out
+from trainer.prompt_files import Located
 
 RUN = Path(__file__).resolve().parents[2] / "deploy" / "runs" / "tiny_srpo.yaml"
 PAIR = ("--positive", "Flat", "--negative", "3D")
@@ -90,7 +92,10 @@ def test_a_run_that_is_not_training_is_refused(run: Tracker, capsys: pytest.Capt
 def test_words_that_the_reward_service_refuses_are_refused(reward_url: str) -> None:
     config = load_run_config(RUN)
     config = config.model_copy(update={"rewards": (config.rewards[0].model_copy(update={"name": "tiny-clip"}),)})
+    drawn = [Located("fox", "train.txt, line 1")]
     with RewardClient(reward_url, max_attempts=1) as client:
-        try_out(client, Steering(positive="Oil", negative="3D", preference_scale=2.0).applied_to(config))
-        with pytest.raises(SteeringError, match=r"tiny-clip does not take it.*max_text_chars"):
-            try_out(client, Steering(positive="Oil" * 1000, negative="3D").applied_to(config))
+        try_out(client, drawn, Steering(positive="Oil", negative="3D", preference_scale=2.0).applied_to(config))
+        with pytest.raises(SteeringError, match=r"tiny-clip does not take 1 of .*max_text_chars"):
+            try_out(client, drawn, Steering(positive="Oil" * 1000, negative="3D").applied_to(config))
+    with RewardClient(f"http://127.0.0.1:{free_port()}", max_attempts=1) as client, pytest.raises(Unanswered):
+        try_out(client, drawn, config)

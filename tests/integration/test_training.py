@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 6
 HELD_OUT = PROMPTS[:5]
 NUM_TOGETHER = 2  # images of an evaluation or of a check in one request
-REQUESTS_BASE = 3 + 2  # evaluation and check
+REQUESTS_BASE = 1 + 3 + 2  # the launcher's question, evaluation and check
 REQUESTS_TWO_STEPS = 2 * 8 + 2  # 4 prompts × 2 branches each, and the check after them
 TIMEOUT_S = 180
 # Which callers' images share a forward of the reward is chance, and so are a gradient's last bits. 2 steps move 2e-3.
@@ -441,7 +441,7 @@ def test_a_rule_that_the_base_model_breaks_ends_the_run_at_its_first_check(bench
     assert process.returncode == 1, output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "guard.stop_when.0: the base model is beyond it: guard/saturation" in line
-    assert len(pids) == 1, "worker 0, once"
+    assert len(pids) == 2, "the launcher, and worker 0 once"
     record = bench.find("mistaken", output).record
     assert record.info.status == "FAILED"
     assert 0 < int(record.data.tags["num_trained_parameters"]) < 5000, "the adapter's alone"

@@ -20,7 +20,7 @@ from tests.tiny_flux import PROMPTS
 from trainer.batches import Batch, ImageBatches, open_batches
 from trainer.buckets import Size
 from trainer.captioned import DatasetError
-from trainer.latents import Latents
+from trainer.latents import Latents, require_unchanged
 
 COUNTS = {(32, 48): 12, (48, 32): 5, (32, 32): 7}
 
@@ -39,7 +39,7 @@ def said(size: Size, index: int) -> str:
 def folder(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("batches")
     buckets = {size: (latents_of(size, n), [said(size, i) for i in range(n)]) for size, n in COUNTS.items()}
-    write_latents(folder / "latents", flux_folder, buckets)
+    write_latents(folder / "latents", flux_folder, folder, buckets)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     return folder
 
@@ -138,12 +138,27 @@ def other_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"model": "flux"}), encoding="utf-8")
 
 
+def encoded_elsewhere(folder: Path) -> None:
+    set_in_manifest(folder, "source", "/another/dataset")
+
+
+def encoded_in_another_dtype(folder: Path) -> None:
+    set_in_manifest(folder, "dtype", "bfloat16")
+
+
+def set_in_manifest(folder: Path, key: str, value: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    (folder / "manifest.json").write_text(json.dumps(manifest | {key: value}), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("spoil", "changed", "named"),
     [
         (without_a_shard, {}, ["lacks 48x32-3.safetensors", "srpo encode"]),
         (without_a_manifest, {}, ["has no manifest.json", "srpo encode"]),
         (other_manifest, {}, ["manifest.json is no manifest", "srpo encode"]),
+        (encoded_elsewhere, {}, ["was encoded from /another/dataset, and dataset.path is", "srpo encode"]),
+        (encoded_in_another_dtype, {}, ["encoded in bfloat16, and model.dtype is float32", "srpo encode"]),
         (None, {"model": {"path": "f", "height_px": 32, "width_px": 48}}, ["32 × 48, 48 × 32, 32 × 32", "srpo encode"]),
         (None, {"engine": {"global_batch": 6}}, ["bucket 48 × 32 has 5 images", "global_batch 6", "32 × 48: 12"]),
     ],
@@ -152,7 +167,7 @@ def test_latents_that_the_run_cannot_use_are_named_with_the_cure(
     flux_folder: Path, tmp_path: Path, spoil: Callable[[Path], None] | None, changed: dict[str, Any], named: list[str]
 ) -> None:
     buckets = {size: (latents_of(size, n), [said(size, i) for i in range(n)]) for size, n in COUNTS.items()}
-    write_latents(tmp_path / "latents", flux_folder, buckets)
+    write_latents(tmp_path / "latents", flux_folder, tmp_path, buckets)
     if spoil is not None:
         spoil(tmp_path / "latents")
     with pytest.raises(DatasetError) as caught:
@@ -163,10 +178,51 @@ def test_latents_that_the_run_cannot_use_are_named_with_the_cure(
 
 def test_a_damaged_shard_is_named_where_it_is_read(flux_folder: Path, tmp_path: Path) -> None:
     buckets = {size: (latents_of(size, n), [said(size, i) for i in range(n)]) for size, n in COUNTS.items()}
-    write_latents(tmp_path / "latents", flux_folder, buckets, per_shard=12)
+    write_latents(tmp_path / "latents", flux_folder, tmp_path, buckets, per_shard=12)
     batch = open_batches(run(tmp_path)).batch(0)
     assert batch.clean is not None
     file = tmp_path / "latents" / f"{batch.size[0]}x{batch.size[1]}-0.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DatasetError, match=f"cannot read {re.escape(str(file))}"):
         batch.clean([0])
+
+
+def another_caption(images: Path) -> None:
+    (images / "key.txt").write_text("an old key", encoding="utf-8")
+
+
+def one_more(images: Path) -> None:
+    (images / "tulip.png").touch()
+    (images / "tulip.txt").write_text("tulip", encoding="utf-8")
+
+
+def one_less(images: Path) -> None:
+    (images / "key.png").unlink()
+    (images / "key.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "first"), [(another_caption, "key.png"), (one_more, "tulip.png"), (one_less, "key.png")]
+)
+def test_a_dataset_that_has_changed_since_it_was_encoded_is_refused_where_it_can_be_seen(
+    flux_folder: Path, tmp_path: Path, change: Callable[[Path], None], first: str
+) -> None:
+    images, size, captions = tmp_path / "images", (32, 48), ["key", "fox", "moon", "cake"]
+    images.mkdir()
+    for caption in captions:
+        (images / f"{caption}.png").touch()  # listing opens no image
+        (images / f"{caption}.txt").write_text(caption, encoding="utf-8")
+    buckets = {size: (latents_of(size, 4), captions)}
+    write_latents(tmp_path / "latents", flux_folder, images, buckets, name=lambda each: str(images / f"{each}.png"))
+    config = run(
+        tmp_path,
+        dataset={"path": images, "latents_path": tmp_path / "latents"},
+        model={"path": "flux", "height_px": 32, "width_px": 48},
+    )
+    require_unchanged(config)
+    change(images)
+    told = rf"1 image\(s\) came, .* first is {re.escape(str(images / first))}: run `srpo encode"
+    with pytest.raises(DatasetError, match=told):
+        require_unchanged(config)
+    images.rename(tmp_path / "elsewhere")
+    require_unchanged(config)

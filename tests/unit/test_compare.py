@@ -17,11 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from reward_server.models import ClipArgs
 from reward_server.worker import Worker, WorkerArgs
-from services.config import load_run_config
+from services.config import EngineConfig, OptimizerConfig, load_run_config
+from services.finetune import FinetuneConfig
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
 from tests.tiny_models import make_tiny_clip
+from tests.workers import in_workers
 from trainer.compare import CompareError, main, named_folders
+from trainer.flux import FluxModel
+from trainer.lora import add_adapter, whole
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,51 @@ def test_base_and_others_get_numbers_with_intervals_a_report_and_a_record(
     assert record.data.metrics["other/saturation"] == pytest.approx(numbers["other"]["saturation"]["value"]["value"])
     assert {"other/saturation_low", "other/saturation_difference_high"} <= set(record.data.metrics)
     assert {item.path for item in client.list_artifacts(record.info.run_id)} == {"report.html", "numbers.json"}
+
+
+def save_policy(rank: int, flux_folder: Path, finetune: FinetuneConfig, zero_stage: Any, folder: Path) -> None:
+    """A policy that has moved, as the training keeps it and as it exports it."""
+    from trainer.engine import Engine, init_distributed
+
+    init_distributed(use_gpu=False)
+    flux = FluxModel.load(str(flux_folder), torch.float32)
+    if finetune.kind == "lora":
+        add_adapter(flux.transformer, finetune, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in flux.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    optimizer, layout = OptimizerConfig(learning_rate=1e-3), EngineConfig(zero_stage=zero_stage)
+    engine = Engine.create(flux.transformer, optimizer, layout, 1, torch.float32)
+    engine.save(folder / "checkpoint", step=1)
+    engine.export(lambda policy: flux.save_pipeline(whole(policy, finetune), folder / "model"))
+
+
+@pytest.mark.parametrize(("finetune", "zero_stage"), [({"kind": "full"}, 3), ({"kind": "lora", "rank": 2}, 2)])
+def test_a_checkpoint_draws_what_its_exported_model_draws_whatever_was_looked_at_before(
+    run_file: Path,
+    flux_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    finetune: dict[str, Any],
+    zero_stage: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    run_file.write_text(yaml.safe_dump(run | {"finetune": finetune}), encoding="utf-8")
+    in_workers(1, save_policy, flux_folder, FinetuneConfig.model_validate(finetune), zero_stage, tmp_path)
+    changed(flux_folder, tmp_path / "other")
+    assert main([str(run_file), "other", "checkpoint", "model"]) == 0
+    numbers = json.loads((tmp_path / "outputs/tiny/comparison/numbers.json").read_text(encoding="utf-8"))
+    of_checkpoint, of_model, of_other = (numbers[name] for name in ("checkpoint", "model", "other"))
+    for name, number in of_model.items():
+        assert of_checkpoint[name]["value"]["value"] == pytest.approx(number["value"]["value"], rel=1e-3, abs=1e-4), (
+            name
+        )
+    distances = [each["base_pixel_distance"]["value"]["value"] for each in (of_checkpoint, of_other)]
+    assert min(distances) > 1e-2
+    assert distances[0] != pytest.approx(distances[1], rel=0.05), "they can be told apart"
 
 
 def test_what_is_not_there_is_named_in_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,8 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
         (("objective",), "branches", ["invert", "invert"], "objective: Value error, branches must be one or both"),
         (("objective",), "grid_index_range", (25, 5), "objective: Value error, grid_index_range must rise"),
         (("objective",), "grid_index_range", (5, 51), "objective: Value error, grid_index_range must rise"),
+        (("objective",), "grid_index_range", (0, 25), "objective.grid_index_range must rise within (0, 50)"),
+        (("objective",), "grid_index_range", (5, 50), "objective.grid_index_range must rise within (0, 50)"),
         (("objective",), "sigma_range", (0.0, 0.9), "objective: Value error, sigma_range must rise within (0, 1)"),
         (("objective",), "sigma_range", (0.5, 1.2), "objective: Value error, sigma_range must rise within (0, 1)"),
         (("objective",), "sigma_range", (0.9, 0.5), "objective: Value error, sigma_range must rise within (0, 1)"),

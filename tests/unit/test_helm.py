@@ -14,7 +14,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from services.config import RunConfig, load_run_config
 from services.steering import ERROR_TAG, TAG, Steering, SteeringError, version_tag
 from services.tracking import Tracker
-from trainer.helm import Helm
+from trainer.helm import Helm, Unanswered
 
 RUN = Path(__file__).resolve().parents[2] / "deploy" / "runs" / "tiny_srpo.yaml"
 CPU = torch.device("cpu")
@@ -107,6 +107,32 @@ def test_what_is_refused_is_said_and_changes_nothing(
     helm.turn()
     assert helm.in_force.version == 1
     assert ERROR_TAG not in tracker.tags()
+
+
+def test_after_the_last_version_an_edit_is_refused_and_the_run_goes_on(tracker: Tracker) -> None:
+    helm = make_helm(tracker)
+    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D", "version": 1000000000}')
+    helm.turn()
+    tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
+    for _ in range(2):
+        helm.turn()
+        assert (helm.in_force.version, words(helm)) == (10**9, ("Flat", "3D"))
+        assert "version 1000000000 is in force, the last there is" in tracker.tags()[ERROR_TAG]
+
+
+def test_what_could_not_be_asked_is_asked_again_and_what_was_refused_is_not(tracker: Tracker) -> None:
+    answers: list[SteeringError | None] = [Unanswered("busy"), Unanswered("busy"), SteeringError("too long")]
+
+    def answer(_: RunConfig) -> None:
+        if error := answers.pop(0):
+            raise error
+
+    helm = Helm(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), answer)
+    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
+    for left, told in ((2, "busy"), (1, "busy"), (0, "too long"), (0, "too long")):
+        helm.turn()
+        assert (len(answers), helm.in_force.version) == (left, 0)
+        assert told in tracker.tags()[ERROR_TAG]
 
 
 def test_a_restart_takes_up_the_later_of_run_and_checkpoint(tracker: Tracker, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_refl_takes_each_sample_at_its_step_of_the_rollout(flux: FluxModel, roll
         rollout.pairs,
         SAMPLING,
         rollout_steps=torch.tensor([3, 2, 3]),
+        num_forwards=3,
     )
     sigmas = sigma_schedule(4, 3.0)
     assert late.sigma.tolist() == sigmas[[3, 2, 3]].tolist()
@@ -52,6 +53,20 @@ def test_refl_takes_each_sample_at_its_step_of_the_rollout(flux: FluxModel, roll
     finished = late.latents - sigmas[3] * velocity  # from the last sigma, the rollout's own image
     torch.testing.assert_close(finished[[0, 2]], rollout.clean[[0, 2]], rtol=0, atol=1e-5)
     assert not finished[1].allclose(rollout.clean[1], atol=1e-3)
+
+
+def test_refl_calls_the_model_as_often_as_told_and_takes_the_same(flux: FluxModel, rollout: Rollout) -> None:
+    """Another worker may have a sample that needs more."""
+    counts, taken = [], []
+    for num_forwards in (2, 4):
+        calls: list[object] = []
+        hook = flux.transformer.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        start = rollout.conditioning, rollout.noise, rollout.pairs, SAMPLING
+        taken.append(roll_out_late(flux.transformer, flux, *start, torch.tensor([0, 2, 1]), num_forwards).latents)
+        hook.remove()
+        counts.append(len(calls))
+    assert counts == [2, 4]
+    assert taken[0].equal(taken[1])
 
 
 def test_draft_lv_renoises_the_image_at_the_last_sigma(flux: FluxModel, rollout: Rollout) -> None:

@@ -103,6 +103,11 @@ def test_bad_input_is_named_with_its_cure(
     assert_refused(run, named, capsys)
 
 
+def write_one_image(flux_folder: Path) -> None:
+    latents = {(32, 32): (torch.zeros(1, 4, 64), ["red heart"])}
+    write_latents(Path("latents"), flux_folder, Path("images").resolve(), latents)
+
+
 @pytest.mark.parametrize(
     ("size", "named"),
     [
@@ -113,13 +118,49 @@ def test_bad_input_is_named_with_its_cure(
 def test_latents_of_another_run_are_refused(
     run: dict[str, Any], size: dict[str, Any], named: list[str], flux_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_latents(Path("latents"), flux_folder, {(32, 32): (torch.zeros(1, 4, 64), ["red heart"])})
+    write_one_image(flux_folder)
     Path("other/vae").mkdir(parents=True)
     shutil.copy(flux_folder / "model_index.json", "other")
     del run["prompts"]
     run["dataset"] = {"path": "images", "latents_path": "latents"}
     run["model"] |= size
     assert_refused(run, named, capsys)
+
+
+def test_a_dataset_that_has_changed_is_refused(
+    run: dict[str, Any], flux_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_one_image(flux_folder)
+    Path("images").mkdir()
+    Path("images/heart.png").touch()
+    Path("images/heart.txt").write_text("blue heart", encoding="utf-8")
+    del run["prompts"]
+    run["dataset"] = {"path": "images", "latents_path": "latents"}
+    assert_refused(run, ["has changed since it was encoded", "heart.png", "srpo encode"], capsys)
+
+
+def test_a_step_of_sigma_that_no_size_has_room_for_is_named_under_a_dynamic_shift_too(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run["rollout"] = {"shift": "dynamic"}
+    run["objective"] = {"sigma_range": [0.2, 0.6], "delta_sigma": 0.5}
+    assert_refused(run, ["objective.delta_sigma 0.5", "[0.2000, 0.6000]"], capsys)
+
+
+def test_a_prompt_that_a_reward_cannot_read_is_named_with_its_place(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("train.txt").write_text(f"red heart\n{'x' * 60}\n", encoding="utf-8")
+    named = ["does not take 1 of the 2 longest of 2 prompts under 3D | Flat", "train.txt, line 2", "at most 48"]
+    assert_refused(run, named, capsys)
+
+
+def test_a_prompt_that_is_too_long_under_one_of_several_pairs_is_named_with_it(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [{"positive": "3D", "negative": "Flat"}, {"positive": "x" * 40, "negative": "Flat"}]
+    run["control_words"] = {"kind": "choice", "pairs": pairs}
+    assert_refused(run, ["1 of the 1 longest", f"under {'x' * 40} | Flat", "at most 48"], capsys)
 
 
 def test_a_reward_that_is_not_served_is_named_with_those_that_are(

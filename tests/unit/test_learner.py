@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from services.config import RunConfig
@@ -49,9 +50,10 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 SIZES = [(HEIGHT_PX, WIDTH_PX), (WIDTH_PX, HEIGHT_PX)]
 STEP = 3
+CLOSE = 1e-5  # of the largest gradient
 # workers, micro_batch, stage; the first is what the others must equal
 LAYOUTS = [(1, 4, 0), (1, 1, 2), (2, 1, 0), (2, 2, 1), (2, 1, 2), (2, 2, 3), (2, 1, 3)]
-BASELINE_LAYOUTS = [LAYOUTS[0], LAYOUTS[1], LAYOUTS[-1]]
+BASELINE_LAYOUTS = [LAYOUTS[0], LAYOUTS[1], (2, 1, 2), LAYOUTS[-1]]
 # steps of several sizes; "offline" has images of a dataset in place of rollouts
 OTHER_SOURCES = ["sizes", "offline"]
 PLACES = [
@@ -66,7 +68,7 @@ Result = tuple[dict[str, float], dict[str, Tensor]]
 
 
 def make_run(folder: Path, name: str, num_workers: int, micro_batch: int, zero_stage: int) -> RunConfig:
-    """For one step. AdamW with so large an epsilon moves a weight by lr times its gradient."""
+    """For one step. AdamW with so large an epsilon moves a weight by 100 times its gradient: float32 shows it well."""
     objective = {"kind": "srp"} if name in BASELINES else OBJECTIVES.get(name, {})
     size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
     sizes = SIZES if name in OTHER_SOURCES else []
@@ -86,7 +88,7 @@ def make_run(folder: Path, name: str, num_workers: int, micro_batch: int, zero_s
         "method": BASELINES.get(name, {"kind": "direct_align"}),
         "objective": objective,
         "rewards": REWARDS if objective else REWARDS[:1],
-        "optimizer": {"learning_rate": 1e3, "epsilon": 1e3, "weight_decay": 0.0, "max_grad_norm": 1e6},
+        "optimizer": {"learning_rate": 1e5, "epsilon": 1e3, "weight_decay": 0.0, "max_grad_norm": 1e6},
         "engine": engine | {"global_batch": GLOBAL_BATCH},
         "evaluation": {"prompts_path": folder / "prompts.txt"},
     }
@@ -115,8 +117,16 @@ def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
             for material in materials:
                 learner.learn(material)
             learner.update()
+        require_equal(len(calls))
         numbers = learner.numbers.mean_over_workers(device)
         engine.export(lambda policy, path=path, numbers=numbers: torch.save((numbers, policy.state_dict()), path))  # type: ignore[misc]
+
+
+def require_equal(num_forwards: int) -> None:
+    """On all workers: stage 3 needs it, and says nothing where sharing the weights happens to go well."""
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, num_forwards)
+    assert len(set(counts)) == 1, counts
 
 
 def write_drawn_images(folder: Path) -> None:
@@ -129,7 +139,7 @@ def write_drawn_images(folder: Path) -> None:
         with torch.no_grad():
             drawn = sample(flux.transformer, flux, conditioning, noise, Sampling(2, 1.0, 3.0, *size))
             buckets[size] = flux.encode_image(flux.decode_image(drawn, *size)), PROMPTS
-    write_latents(folder / "latents", folder / "flux", buckets)
+    write_latents(folder / "latents", folder / "flux", folder / "images", buckets)
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +175,14 @@ def test_a_step_is_the_same_in_every_layout(
     expected_numbers, expected_weights = results[name, LAYOUTS[0]]
     assert numbers.keys() == expected_numbers.keys()
     for key in (key for key in numbers if not key.startswith("seconds_")):
-        assert numbers[key] == pytest.approx(expected_numbers[key], abs=1e-5, rel=1e-5), key
+        is_norm = key == "grad_norm"
+        assert numbers[key] == pytest.approx(expected_numbers[key], abs=0 if is_norm else 1e-5, rel=1e-5), key
     start = flux.transformer.state_dict()
-    assert max((expected_weights[key] - start[key]).abs().max() for key in start) > 1e-4, "the gradient shows"
-    rounding = 1e-6 if name == "grpo" else 5e-7  # an advantage divides by how little the rewards of a group differ
-    torch.testing.assert_close(dict(weights), dict(expected_weights), rtol=0, atol=rounding)
+    moved, expected = ({key: each[key] - start[key] for key in start} for each in (weights, expected_weights))
+    largest = max(each.abs().max() for each in expected.values())
+    assert largest > 1e-2, "the gradient shows"
+    close = 3 * CLOSE if name == "grpo" else CLOSE  # an advantage divides by how little the rewards of a group differ
+    torch.testing.assert_close(moved, expected, rtol=0, atol=close * float(largest))
 
 
 def test_a_step_with_embeddings_from_disk_is_the_same_to_the_last_bit(
@@ -183,43 +196,88 @@ def test_a_step_with_embeddings_from_disk_is_the_same_to_the_last_bit(
     assert all(weight.equal(expected_weights[name]) for name, weight in weights.items())
 
 
-def break_steps(rank: int, run: RunConfig) -> None:
-    """A reward that is not finite, a gradient that is not, and a model that is not: each is named, with its step."""
-    from trainer.engine import Engine, init_distributed
-    from trainer.learner import Learner, num_backwards
-    from trainer.step_learner import StepError
+def not_a_number(name: str, *asked: Any) -> RewardResponse:
+    response = score(name, *asked)
+    return replace(response, rewards=response.rewards * math.nan)
 
-    def spoiled(name: str, *asked: Any) -> RewardResponse:
-        response = score(name, *asked)
-        return replace(response, rewards=response.rewards * math.nan)
 
-    def enormous(name: str, *asked: Any) -> RewardResponse:
-        response = score(name, *asked)
-        assert isinstance(response.image_gradient, np.ndarray)
-        return replace(response, image_gradient=np.full_like(response.image_gradient, 1e38))
+def far_below_zero(name: str, *asked: Any) -> RewardResponse:
+    """Finite, but no sum of it is."""
+    response = score(name, *asked)
+    return replace(response, rewards=np.full_like(response.rewards, -3e38))
+
+
+def steep(name: str, *asked: Any) -> RewardResponse:
+    response = score(name, *asked)
+    assert isinstance(response.image_gradient, np.ndarray)
+    return replace(response, image_gradient=np.full_like(response.image_gradient, 1e38))
+
+
+def break_steps(rank: int, runs: Sequence[RunConfig], too_wide: RunConfig) -> None:
+    from trainer.engine import init_distributed
 
     init_distributed(use_gpu=False)
+    refuse_delta_sigma(too_wide)
+    for run in runs:
+        break_step(rank, run)
+
+
+def break_step(rank: int, run: RunConfig) -> None:
+    """A reward, a loss, a gradient and a model that are not finite: each is named, with its step."""
+    from trainer.baselines import make_learner
+    from trainer.engine import Engine
+    from trainer.learner import num_backwards
+    from trainer.step_learner import StepError
+
     flux = FluxModel.load(run.model.path, torch.float32)
     engine = Engine.create(flux.transformer, run.optimizer, run.engine, num_backwards(run), torch.float32)
     encode = partial(flux.encode_prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
 
     def step(judge: Any) -> None:
-        learner = Learner(run, engine, flux, judge, encode)
-        for injections in learner.roll_out(STEP):
-            for injection in injections:
-                learner.learn(injection)
+        learner = make_learner(run, engine, flux, judge, encode)
+        for materials in learner.roll_out(STEP):
+            for material in materials:
+                learner.learn(material)
             learner.update()
 
-    where = rf"step 4, worker {rank}, prompts '[^']+'"
-    with pytest.raises(StepError, match=rf"^{where}, branch denoise: reward \('tiny',\) answered non-finite numbers"):
-        step(spoiled)
-    with pytest.raises(StepError, match=r"^step 4: the gradient's norm over all workers is (inf|nan)"):
-        step(enormous)
-    with pytest.raises(StepError, match=rf"^{where}: a clean latent is not finite"):
-        step(score)  # its weights are lost now
+    where, branch = rf"^step 4, worker {rank}, prompts '[^']+'", "branch denoise"
+    if run.method.kind == "direct_align":
+        found, loss = f"{where}, {branch}", f"the loss of {branch}"
+    else:
+        found, loss = where, "the loss"
+    with pytest.raises(StepError, match=rf"{found}: reward \('tiny',\) answered non-finite numbers"):
+        step(not_a_number)
+    with pytest.raises(StepError, match=rf"{where}: {loss} is not finite"):
+        step(far_below_zero)
+    if run.method.kind != "grpo":  # it asks for no gradient
+        with pytest.raises(StepError, match=r"^step 4: the gradient's norm over all workers is (inf|nan)"):
+            step(steep)
+    for parameter in flux.transformer.parameters():
+        torch.nn.init.constant_(parameter, math.nan)
+    with pytest.raises(StepError, match=rf"{where}: a (clean|late) latent is not finite"):
+        step(score)
 
 
-def test_numbers_that_are_not_finite_end_a_step_by_name(flux_folder: Path, tmp_path: Path) -> None:
+def refuse_delta_sigma(run: RunConfig) -> None:
+    """The workers alone know a dynamic shift, which is the model's."""
+    from trainer.baselines import make_learner
+
+    flux = FluxModel.load(run.model.path, torch.float32)
+    with pytest.raises(ValueError, match=r"objective\.delta_sigma 0\.5 is larger than the range of sigma, \[0\."):
+        make_learner(run, None, flux, score, None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def folder(flux_folder: Path, tmp_path: Path) -> Path:
     (tmp_path / "flux").symlink_to(flux_folder)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    in_workers(1, break_steps, make_run(tmp_path, "default", 1, 1, 0))
+    return tmp_path
+
+
+def test_what_would_train_noise_is_named_with_its_step_in_every_method(folder: Path) -> None:
+    """And Δσ with no room under a dynamic shift, in the same worker, as one takes long to start."""
+    run = make_run(folder, "default", 1, 1, 0)
+    objective = run.objective.model_copy(update={"delta_sigma": 0.5})
+    rollout = run.rollout.model_copy(update={"shift": "dynamic"})
+    too_wide = run.model_copy(update={"objective": objective, "rollout": rollout})
+    in_workers(1, break_steps, [make_run(folder, name, 1, 1, 0) for name in ("everything", *BASELINES)], too_wide)

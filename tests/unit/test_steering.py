@@ -50,6 +50,7 @@ def test_a_tag_is_read_as_it_was_written(steering: Steering) -> None:
         ("", "not JSON"),
         ("3D | Flat", "not JSON.*3D"),
         ("[]", "valid dictionary"),
+        pytest.param("[" * 5000, "not JSON: .*recursion", id="deep"),
         ('{"positive": "3D"}', "negative is missing"),
         ('{"negative": "3D"}', "positive is missing"),
         ('{"positive": " ", "negative": "3D"}', "^positive: .*at least 1 character.*' '"),
@@ -91,6 +92,14 @@ def test_versions_follow_the_command_and_count_edits_by_hand() -> None:
     assert edited.version == 4
     assert Steering.from_tag(None).after(edited) == Steering(version=5), "without a tag all is as in the run file"
     assert Steering().after(Steering()).version == 0
+
+
+def test_after_the_last_version_there_is_none() -> None:
+    last = Steering.from_tag('{"positive": "3D", "negative": "Flat", "version": 1000000000}')
+    assert last.after(last) == last
+    for asked in (Steering(), Steering(positive="Oil", negative="Flat", version=1000000000)):
+        with pytest.raises(SteeringError, match="version 1000000000 is in force, the last there is"):
+            asked.after(last)
 
 
 def test_the_run_goes_on_with_what_was_asked_for(run: RunConfig) -> None:
