@@ -71,6 +71,5 @@ def validation_text(errors: object) -> str:
 
 
 def _answer(request: Request, status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    text = text.encode(errors="backslashreplace").decode()  # a name of the caller may be half of a UTF-16 pair
     answer = ErrorAnswer(error=text, request_id=request.state.request_id)
     return JSONResponse(answer.model_dump(), status_code=status, headers=headers)

@@ -171,7 +171,7 @@ def test_a_wrong_field_of_a_ranking_is_named(http: httpx.Client, fields: dict[st
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"nonsense", b"[]", b"3", b"[" * 15_000, b"[" * 100_000, b"\xff", b'{"images": {}}', b'{"\\ud800": 1}'],
+    [b"", b"nonsense", b"[]", b"3", b"[" * 15_000, b"[" * 100_000, b"\xff", b'{"images": {}}'],
 )
 def test_json_that_is_no_question_is_refused(http: httpx.Client, body: bytes) -> None:
     answer = http.post(SCORE_PATH, content=body, headers={"content-type": "application/json"})
