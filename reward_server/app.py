@@ -24,6 +24,7 @@ from reward_server.envelope import Envelope
 from reward_server.errors import handle_errors
 from reward_server.guard import RateLimit, RequireKey, SlowBodies
 from reward_server.idempotency import StoredAnswers
+from reward_server.in_flight import BytesInFlight
 from reward_server.limits import Limits
 from reward_server.metrics import Record, ignore, phase
 from reward_server.off_loop import off_loop, off_loop_if_large
@@ -35,6 +36,7 @@ from reward_server.openapi import (
     MODELS_ANSWERS,
     TITLE,
     question_body,
+    state_answers,
 )
 from reward_server.pages import add_pages
 from reward_server.questions import RankQuestion, ScoreQuestion, read_pictures, read_question
@@ -52,6 +54,7 @@ from services.contract import (
 )
 
 Score = Callable[[RewardRequest, str], Awaitable[RewardResponse]]  # request, its id; ContractError or Overloaded
+_BYTES_PER_PROBABILITY = 20  # as text
 
 _IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=255, pattern="^[!-~]+$", examples=["0b9d2c55-1"])
@@ -74,13 +77,14 @@ def build_app(
     app.add_middleware(SlowBodies, body_timeout_s=limits.body_timeout_s, chunk_timeout_s=limits.chunk_timeout_s)
     app.add_middleware(RateLimit, requests_per_s=limits.requests_per_s, burst=limits.request_burst)
     app.add_middleware(RequireKey, keys=keys)
-    app.add_middleware(AccessLog)
-    app.add_middleware(Envelope, record=record)  # added last, asked first
+    app.add_middleware(Envelope, record=record)
+    app.add_middleware(AccessLog)  # added last, asked first: the envelope's refusals are logged too
     handle_errors(app, record)
     add_pages(app)
     _add_state(app)
     answers = StoredAnswers(limits.max_stored_answer_bytes, limits.answer_ttl_s)
-    _add_api(app, _Api(score, rewards, limits, record, answers), has_keys=bool(keys))
+    in_flight = BytesInFlight(limits.max_bytes_in_flight)
+    _add_api(app, _Api(score, rewards, limits, record, answers, in_flight), has_keys=bool(keys))
     return app
 
 
@@ -115,12 +119,12 @@ def _add_api(app: FastAPI, api: _Api, has_keys: bool) -> None:
 
 
 def _add_state(app: FastAPI) -> None:
-    @app.get("/healthz")
+    @app.get("/healthz", responses=state_answers("alive"))
     async def health() -> Status:
         """The process answers."""
         return Status(status="alive")
 
-    @app.get(READY_PATH)
+    @app.get(READY_PATH, responses=state_answers("ready"))
     async def ready() -> Status:
         """The weights are loaded: this app is built only after them."""
         return Status(status="ready")
@@ -135,11 +139,12 @@ class _Api:
     limits: Limits
     record: Record
     answers: StoredAnswers
+    in_flight: BytesInFlight
 
     async def rewards_route(self, request: Request, idempotency_key: _IdempotencyKey = None) -> Response:
         """Rewards of images under their prompt pairs and, on request, the gradient with respect to the images.
 
-        Body and answer are safetensors messages; services/contract.py defines them.
+        Body and answer are safetensors messages of the layouts below.
         """
 
         async def compute(body: bytes) -> Response:
@@ -162,8 +167,9 @@ class _Api:
                 images = await off_loop(read_pictures, question.images, self.limits)
             answered = await self._score(request, question.request(reward.name, images, question.with_heat_map))
             with phase(self.record, "encode"):
-                answer = await off_loop(score_answer, answered) if question.with_heat_map else score_answer(answered)
-                return JSONResponse(answer.model_dump(exclude_none=True))
+                if question.with_heat_map:  # megabytes of text
+                    return await off_loop(_score_response, answered)
+                return _score_response(answered)
 
         return await self._once(request, idempotency_key, compute)
 
@@ -177,7 +183,8 @@ class _Api:
                 temperature = _temperature(question, reward)
                 images = await off_loop(read_pictures, question.images, self.limits)
             answered = await self._score(request, question.request(reward.name, images, with_gradient=False))
-            return JSONResponse(rank_answer(answered, temperature).model_dump())
+            num_bytes = _BYTES_PER_PROBABILITY * len(images) ** 2
+            return await off_loop_if_large(num_bytes, _rank_response, answered, temperature)
 
         return await self._once(request, idempotency_key, compute)
 
@@ -195,12 +202,21 @@ class _Api:
         self, request: Request, key: str | None, compute: Callable[[bytes], Awaitable[Response]]
     ) -> Response:
         """The answer to the request's body; with an Idempotency-Key, the one that it got before."""
-        body = await _read_body(request, self.limits.max_body_bytes)
-        if key is None:
-            return await compute(body)
-        digest = await off_loop_if_large(len(body), _digest, request, body)
-        caller = getattr(request.state, "key_fingerprint", "")
-        return await self.answers.once(f"{caller} {key}", digest, lambda: compute(body))
+        with self.in_flight.share() as take:
+            body = await _read_body(request, self.limits.max_body_bytes, take)
+            if key is None:
+                return await compute(body)
+            digest = await off_loop_if_large(len(body), _digest, request, body)
+            caller = getattr(request.state, "key_fingerprint", "")
+            return await self.answers.once(f"{caller} {key}", digest, lambda: compute(body))
+
+
+def _score_response(answered: RewardResponse) -> Response:
+    return JSONResponse(score_answer(answered).model_dump(exclude_none=True))
+
+
+def _rank_response(answered: RewardResponse, temperature: float) -> Response:
+    return JSONResponse(rank_answer(answered, temperature).model_dump())
 
 
 def _temperature(question: RankQuestion, reward: RewardInfo) -> float:
@@ -218,12 +234,16 @@ def _digest(request: Request, body: bytes) -> bytes:
     return digest.digest()
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body, never holding more than max_bytes of it: a missing or wrong content-length does not help."""
+async def _read_body(request: Request, max_bytes: int, take: Callable[[int], None]) -> bytes:
+    """The whole body, never holding more than max_bytes of it: a missing or wrong content-length does not help.
+
+    take: is told of every piece before it is kept, and may refuse it.
+    """
     body = bytearray()
     async for chunk in request.stream():
         if len(body) + len(chunk) > max_bytes:
             request.state.reject_reason = "max_body_bytes"
             raise HTTPException(HTTP_413_CONTENT_TOO_LARGE, f"body is larger than {max_bytes} bytes; send fewer images")
+        take(len(chunk))
         body += chunk
     return bytes(body)

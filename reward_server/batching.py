@@ -9,8 +9,10 @@ Knows neither torch nor ray; lives in one event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Generic, Protocol, TypeVar
 from reward_server.metrics import PHASE_SECONDS, QUEUED_IMAGES, Record, ignore
 
 _MAX_RETRY_AFTER_S = 60
+_log = logging.getLogger(__name__)
 
 
 class Sized(Protocol):
@@ -69,7 +72,7 @@ class Batcher(Generic[JobT, AnswerT]):
         self._worker: asyncio.Task[None] | None = None
 
     async def submit(self, job: JobT) -> AnswerT:
-        """The job's answer. Raises Overloaded, or whatever score_batch raised for the job's batch.
+        """The job's answer. Raises Overloaded, or whatever score_batch raised for the job alone.
 
         A job larger than the whole queue is taken when nothing else waits: it could never be otherwise.
         """
@@ -90,17 +93,28 @@ class Batcher(Generic[JobT, AnswerT]):
             start = time.perf_counter()
             for each in batch:
                 self._record(PHASE_SECONDS, start - each.since, {"phase": "wait"})
-            outcome = asyncio.ensure_future(self._score_batch([each.job for each in batch]))
-            await asyncio.wait([outcome])
-            if (error := outcome.exception()) is not None:  # each of the batch's callers has to deal with it
-                for each in batch:
-                    if not each.answer.done():
-                        each.answer.set_exception(error)
-                continue
+            await self._score(batch)
+
+    async def _score(self, batch: list[_Waiting[JobT, AnswerT]]) -> None:
+        """Answer the batch's jobs. Where it fails as a whole each runs alone: only who is at fault shall fail."""
+        start = time.perf_counter()
+        outcome = asyncio.ensure_future(self._score_batch([each.job for each in batch]))
+        await asyncio.wait([outcome])
+        error = outcome.exception()
+        if error is None:
             self._seconds_per_image = (time.perf_counter() - start) / sum(each.job.num_images for each in batch)
             for each, answer in zip(batch, outcome.result(), strict=True):
                 if not each.answer.done():  # its caller may have gone
                     each.answer.set_result(answer)
+        elif len(batch) == 1:
+            if not batch[0].answer.done():
+                batch[0].answer.set_exception(error)
+        else:
+            _log.warning("a batch of %d requests failed and is run again one by one", len(batch), exc_info=error)
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and memory may be what was lacking
+            for each in batch:
+                if not each.answer.done():
+                    await self._score([each])
 
     def _next_batch(self) -> list[_Waiting[JobT, AnswerT]]:
         """The jobs that waited longest, as many as fit, at least one; those whose callers have gone are dropped."""

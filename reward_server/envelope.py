@@ -1,6 +1,6 @@
 """What every answer carries: the request's id, and headers that keep a browser strict. What fails is counted here.
 
-Outermost of the app's middlewares, so that the guard's refusals carry it too.
+Outside the guard, so that its refusals carry it too, and inside the access log.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reward_server.metrics import REJECTS, Record
 from services.contract import REQUEST_ID_HEADER
 
-_PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # anything else could forge lines in a log
+_PLAIN_ID = re.compile("[!-~]{1,128}")  # short and visible: the same in a header, an answer and a log
+_REFUSAL = f"{REQUEST_ID_HEADER} must be 1 to 128 visible ASCII characters; without one, the service makes an id"
 # The page shows a picture from the user's disk (blob:) and has its icon in a data: URL; all else comes from here.
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -31,7 +33,10 @@ _HEADERS = {
 
 
 class Envelope:
-    """Gives every request its id, the caller's own if it is a plain one, before anything else sees it."""
+    """Gives every request its id before the app sees it: the caller's own, or a new one.
+
+    One that is not plain is refused. Replacing it would not do: Serve adds its own header, with the id as it was sent.
+    """
 
     def __init__(self, app: ASGIApp, record: Record) -> None:
         self._app, self._record = app, record
@@ -40,8 +45,9 @@ class Envelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = sent if _PLAIN_ID.fullmatch(sent) else uuid.uuid4().hex
+        sent = Headers(scope=scope).get(REQUEST_ID_HEADER)
+        is_refused = sent is not None and _PLAIN_ID.fullmatch(sent) is None
+        request_id = uuid.uuid4().hex if sent is None or is_refused else sent
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_in_envelope(message: Message) -> None:
@@ -50,7 +56,12 @@ class Envelope:
                 count_reject(self._record, message["status"], scope["state"])
             await send(message)
 
-        await self._app(scope, receive, send_in_envelope)
+        if is_refused:
+            scope["state"]["reject_reason"] = "request_id"
+            answer = {"error": _REFUSAL, "request_id": request_id}
+            await JSONResponse(answer, HTTPStatus.BAD_REQUEST)(scope, receive, send_in_envelope)
+        else:
+            await self._app(scope, receive, send_in_envelope)
 
 
 def add_headers(headers: MutableHeaders, request_id: str) -> None:

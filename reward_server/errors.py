@@ -49,7 +49,8 @@ def handle_errors(app: FastAPI, record: Record) -> None:
 
     async def internal_error(request: Request, error: Exception) -> Response:
         """Answered beyond all middlewares, which have failed with it."""
-        _log.error("request %s failed", request.state.request_id, exc_info=error)
+        fields = {"request_id": request.state.request_id}
+        _log.error("request failed", exc_info=error, extra={"fields": fields})
         status = HTTPStatus.INTERNAL_SERVER_ERROR
         answer = _answer(request, status, "internal error; the service's log names the cause")
         add_headers(answer.headers, request.state.request_id)

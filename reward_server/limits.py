@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.contract import ContractError, RewardRequest
 
@@ -32,6 +32,7 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     max_body_bytes: Positive = 256 * 2**20  # 40 images of 720 x 720 pixels in float32
+    max_bytes_in_flight: Positive = 2**31  # of all bodies at once at each replica; what is made of them comes on top
     max_images: Positive = 256
     max_pixels_per_image: Positive = 4096**2
     max_pixels_per_request: Positive = 4 * 4096**2  # 200 MB as bytes, 800 MB as the float32 of a gradient
@@ -43,14 +44,30 @@ class Limits(BaseModel):
     chunk_timeout_s: Seconds = 10.0  # the longest pause within a body
     requests_per_s: Seconds = 200.0  # of each API key (without keys: of each address) at each replica
     request_burst: Positive = 400
-    max_stored_answer_bytes: Positive = 16 * 2**20  # of all answers kept for their Idempotency-Key
+    # of all answers kept for their Idempotency-Key; 8 float32 gradients of 512 x 512 pixels are 24 MiB
+    max_stored_answer_bytes: Positive = 64 * 2**20
     answer_ttl_s: Seconds = 600.0
+
+    @model_validator(mode="after")
+    def _check_bytes(self) -> Self:
+        if self.max_bytes_in_flight < self.max_body_bytes:
+            raise ValueError(
+                f"max_bytes_in_flight is {self.max_bytes_in_flight}, less than max_body_bytes, {self.max_body_bytes}: "
+                "the largest body could never be read"
+            )
+        return self
+
+    def check_num_images(self, num_images: int) -> None:
+        """Before anything is made of them. Raises LimitExceeded."""
+        if num_images > self.max_images:
+            raise self.too_many_images(str(num_images))
+
+    def too_many_images(self, found: str) -> LimitExceeded:
+        return LimitExceeded("max_images", f"{found} images; a request may have {self.max_images} (max_images)")
 
     def check_images(self, sizes_px: Sequence[tuple[int, int]]) -> None:
         """(height, width) of every image, before they are decoded. Raises LimitExceeded."""
-        if len(sizes_px) > self.max_images:
-            error = f"{len(sizes_px)} images; a request may have {self.max_images} (max_images)"
-            raise LimitExceeded("max_images", error)
+        self.check_num_images(len(sizes_px))
         for index, (height, width) in enumerate(sizes_px):
             if height * width > self.max_pixels_per_image:
                 allowed = f"{self.max_pixels_per_image} pixels (max_pixels_per_image)"

@@ -31,13 +31,13 @@ class Result(BaseModel):
 
 class ScoreAnswer(BaseModel):
     request_id: str
-    scorer: str = Field(description="reward and checksum of its weights", examples=["fluent-clip@sha256:…"])
+    scorer: str = Field(description="reward, checksum of its weights, crops", examples=["fluent-clip@sha256:…"])
     results: list[Result] = Field(description="in the order of the pictures")
 
 
 class RankAnswer(BaseModel):
     request_id: str
-    scorer: str = Field(description="reward and checksum of its weights", examples=["fluent-clip@sha256:…"])
+    scorer: str = Field(description="reward, checksum of its weights, crops", examples=["fluent-clip@sha256:…"])
     order: list[int] = Field(description="the pictures' places in the request, best first", examples=[[1, 0]])
     rewards: list[float] = Field(description="in the order of the pictures")
     probabilities: list[list[float]] = Field(

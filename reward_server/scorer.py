@@ -136,11 +136,10 @@ class Scorer:
     def _score_group(
         self, reward: ServedReward, with_gradient: bool, group: list[_Part]
     ) -> Sequence[_Outcome | ContractError]:
-        """One outcome for each part; the model never sees more than max_batch_images at once."""
+        """One outcome for each part; a forward is of at most max_batch_images views, or of one image."""
+        max_images = max(1, self._max_batch_images // reward.num_views)
         try:
-            chunks = [
-                self._score_chunk(reward, with_gradient, chunk) for chunk in _chunks(group, self._max_batch_images)
-            ]
+            chunks = [self._score_chunk(reward, with_gradient, chunk) for chunk in _chunks(group, max_images)]
         except ContractError as error:  # a text too long for a model that reads image and text together: whose is it?
             jobs = [list(parts) for _, parts in groupby(group, key=lambda part: part.job)]
             if len(jobs) == 1:
@@ -185,7 +184,7 @@ class Scorer:
             positive_similarities=_cat([each.positive_similarities for each in outcomes]).numpy()[None],
             negative_similarities=_cat([each.negative_similarities for each in outcomes]).numpy()[None],
             image_gradient=_image_gradient(job.request, outcomes),
-            scorers=(f"{job.reward}@{self.rewards[job.reward].model.checksum}",),
+            scorers=(self.rewards[job.reward].version,),
             request_id=job.request_id,
         )
 

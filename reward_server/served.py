@@ -21,12 +21,17 @@ Prepared = tuple[Tensor, Tensor] | PromptPair  # a pair's embeddings (embedding,
 
 
 class ServedReward:
-    """Raises WeightsError where the weights are not as the arguments say."""
+    """Raises WeightsError where the weights are not as the arguments say.
+
+    version: name, checksum and what else makes its rewards incomparable with others; num_views: of each image.
+    """
 
     def __init__(self, name: str, args: AnyArgs, num_cached_texts: int, record: Record) -> None:
         self.name = name
         self.device = torch.device(args.device)
         self.model = load_reward(args)
+        self.num_views = args.num_views
+        self.version = f"{name}@{self.model.checksum}{args.version_suffix}"
         if isinstance(self.model, TwoTower):
             self._texts = TextCache(name, self.model.embed_text, num_cached_texts, record)
 

@@ -30,7 +30,7 @@ class WorkerArgs(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     torch_threads: Positive = 1
-    max_batch_images: Positive = 64  # images in one forward, over all callers
+    max_batch_images: Positive = 64  # images in one forward, over all callers; a crop counts as an image
     max_queued_images: Positive = 512  # images that may wait; who comes after that is told to come back
     num_cached_texts: Positive = 4096  # of each reward
 

@@ -175,7 +175,7 @@ class RewardResponse:
     negative_similarities (num_rewards, batch). A reward that reads no text answers its score as the positive
     similarity, and 0 as the negative one. image_gradient: ∂ rewards / ∂ images (of the images in [0, 1], also where
     they were sent as uint8), in the layout of the request; None unless asked for. scorers (num_rewards): each model
-    and the checksum of its weights, "name@sha256:…".
+    and the checksum of its weights, "name@sha256:…", then "+crops=n" where it looks at n crops besides.
     """
 
     rewards: Float32

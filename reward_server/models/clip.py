@@ -11,18 +11,17 @@ from torch.nn.functional import normalize
 
 from reward_server.models.preprocess import ResizeAndCrop
 from reward_server.models.protocol import check_length
-from reward_server.models.views import Crops, embed_views
-from reward_server.models.weights import WeightsArgs, find_folder, from_pretrained, verified_checksum, weight_files
+from reward_server.models.views import ViewsArgs, embed_views
+from reward_server.models.weights import find_folder, from_pretrained, verified_checksum, weight_files
 
 
-class ClipArgs(WeightsArgs):
+class ClipArgs(ViewsArgs):
     """A CLIPModel: a folder (relative: to the checkout) or a hub id (openai/clip-vit-base-patch32)."""
 
     kind: Literal["clip"]
-    crops: Crops = 0
 
 
-class PickScoreArgs(WeightsArgs):
+class PickScoreArgs(ViewsArgs):
     """PickScore v1 (arXiv 2305.01569), the hub id yuvalkirstain/PickScore_v1 or a folder with its files.
 
     The published score is logit_scale·cosine (a temperature of about 1/100 for their softmax over images). The reward
@@ -31,7 +30,6 @@ class PickScoreArgs(WeightsArgs):
     """
 
     kind: Literal["pickscore"]
-    crops: Crops = 0
 
 
 class ClipReward:

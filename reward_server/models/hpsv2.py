@@ -12,9 +12,8 @@ from torchvision.transforms.functional import normalize as standardize
 
 from reward_server.models.preprocess import as_float, fit_and_pad
 from reward_server.models.protocol import check_length
-from reward_server.models.views import Crops, embed_views
+from reward_server.models.views import ViewsArgs, embed_views
 from reward_server.models.weights import (
-    WeightsArgs,
     WeightsError,
     fill,
     find_file,
@@ -24,12 +23,11 @@ from reward_server.models.weights import (
 )
 
 
-class Hpsv2Args(WeightsArgs):
+class Hpsv2Args(ViewsArgs):
     """A checkpoint file, local or xswu/HPSv2/HPS_v2.1_compressed.pt (v2.1) or xswu/HPSv2/HPS_v2_compressed.pt (v2)."""
 
     kind: Literal["hpsv2"]
     architecture: str = "ViT-H-14"  # any name that open_clip knows
-    crops: Crops = 0
 
 
 class Hpsv2Reward:

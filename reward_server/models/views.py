@@ -14,7 +14,21 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-Crops = Annotated[int, Field(ge=0, le=16)]  # 0: the global view alone
+from reward_server.models.weights import WeightsArgs
+
+
+class ViewsArgs(WeightsArgs):
+    """Of a reward that can look at crops. 0: at the whole image alone."""
+
+    crops: Annotated[int, Field(ge=0, le=16)] = 0
+
+    @property
+    def num_views(self) -> int:
+        return 1 + self.crops
+
+    @property
+    def version_suffix(self) -> str:
+        return f"+crops={self.crops}" if self.crops else ""
 
 
 def embed_views(

@@ -38,6 +38,16 @@ class WeightsArgs(BaseModel):
     placement: Literal["ingress", "own"] = "ingress"
     checksum: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")] | None = None  # None: not pinned
 
+    @property
+    def num_views(self) -> int:
+        """How often a forward sees each image: what a batch costs is images times views."""
+        return 1
+
+    @property
+    def version_suffix(self) -> str:
+        """What else than the weights makes the reward another one, to be told beside their checksum."""
+        return ""
+
 
 _FOLDER_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 

@@ -181,6 +181,6 @@ def test_an_internal_error_is_one_line_with_its_traceback(worker: Worker, log: i
     assert answer.status_code == 500
     request, error = lines_of(log)
     assert (request["message"], request["status"]) == ("request", 500)
-    assert answer.headers["x-request-id"] in error["message"]
+    assert (error["message"], error["request_id"]) == ("request failed", answer.headers["x-request-id"])
     assert '{"message": "forged"}' in error["exception"]
     assert log.getvalue().isascii()

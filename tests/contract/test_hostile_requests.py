@@ -52,6 +52,7 @@ NUM_PEOPLE_BODIES = 2_000
 MAX_GROWTH_BYTES = 64 << 20
 REWARDS = (WeightedReward("tiny-clip"),)
 PAIR = PromptPair(**WORDS)
+CHARSETS = ["undefined", "punycode", "idna", "utf-7", "utf-16", "raw_unicode_escape", "rot13", "hex", "x" * 500, "é"]
 HOSTILE_VALUES: list[Any] = [
     None, True, -1, 0, 2**31, 2**63, 2**64, 10**30, 1e39, float("nan"), float("inf"), "", " ", "\ud800", "x" * 5000,
     "F64", "U8", "BF16", [], {}, [[]], ["a"] * 100, [0, 2**40], [2**32, 2**32], {"a": {"b": []}},
@@ -220,6 +221,10 @@ def mutated_question(chance: random.Random) -> tuple[str, bytes, str]:
     file = b'--x\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\ncontent-type: image/png\r\n\r\n'
     body = "".join(parts).encode() + b"".join(file + data + b"\r\n" for data in FILES[:2]) + b"--x--\r\n"
     content_type = "multipart/form-data; boundary=x"
+    if chance.random() < 0.3:
+        content_type += f"; charset={chance.choice(CHARSETS)}"
+        if chance.random() < 0.5:
+            return path, body, content_type
     if chance.random() < 0.1:
         content_type = _flip(chance, content_type.encode(), []).decode("latin-1")
     return path, chance.choice([_flip, _cut])(chance, body, [body]), content_type

@@ -137,6 +137,8 @@ def test_where_several_rewards_are_served_one_must_be_named(clip: ClipArgs) -> N
         ({"images": ["http://127.0.0.1/x.png"]}, "images[0] is not base64"),
         ({"images": [base64.b64encode(b"GIF89a").decode()]}, "images[0] is not a PNG, JPEG or WebP picture"),
         ({"images": TEXTS[:1] * 9}, "9 images; a request may have 8"),
+        ({"images": [base64.b64encode(b"GIF89a").decode()] * 9}, "9 images; a request may have 8"),
+        ({"images": [[]] * 10_000}, "20004 commas and opening brackets; JSON may have 20000 here"),
         ({"preference_scale": "0.1"}, "preference_scale: "),
         ({"preference_scale": 1e300}, "preference_scales[0] must be a finite number"),
         ({"reward": "beauty"}, "'beauty' is not served here; served: tiny-clip"),
@@ -167,7 +169,10 @@ def test_a_wrong_field_of_a_ranking_is_named(http: httpx.Client, fields: dict[st
     assert named in answer.json()["error"]
 
 
-@pytest.mark.parametrize("body", [b"", b"nonsense", b"[]", b"3", b"[" * 100_000, b"\xff", b'{"images": {}}'])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"nonsense", b"[]", b"3", b"[" * 15_000, b"[" * 100_000, b"\xff", b'{"images": {}}'],
+)
 def test_json_that_is_no_question_is_refused(http: httpx.Client, body: bytes) -> None:
     answer = http.post(SCORE_PATH, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 422
@@ -184,7 +189,7 @@ def test_a_wrong_form_is_named(http: httpx.Client) -> None:
     unknown = post_form(http, FILES[:1], images="text")
     assert (unknown.status_code, "'images' is unknown" in unknown.json()["error"]) == (422, True)
     many = post_form(http, FILES[2:] * 9)
-    assert (many.status_code, "Maximum number of files is 8" in many.json()["error"]) == (400, True)
+    assert (many.status_code, "more than 8 images; a request may have 8" in many.json()["error"]) == (422, True)
 
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded"])
@@ -192,6 +197,15 @@ def test_another_content_type_is_refused(http: httpx.Client, content_type: str) 
     answer = http.post(SCORE_PATH, content=b"x=1", headers={"content-type": content_type})
     assert answer.status_code == 415
     assert "multipart/form-data" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode"])
+def test_a_form_in_a_charset_that_cannot_be_decoded_is_refused(http: httpx.Client, charset: str) -> None:
+    form = http.build_request("POST", SCORE_PATH, data=WORDS, files=[("image", ("a", FILES[0]))])
+    content_type = f"{form.headers['content-type']}; charset={charset}"
+    answer = http.post(SCORE_PATH, content=form.read(), headers={"content-type": content_type})
+    assert answer.status_code == 422
+    assert answer.json().keys() == {"error", "request_id"}
 
 
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=x"])

@@ -71,10 +71,11 @@ def test_each_kind_of_mistake_has_its_word(worker: Worker, log: io.StringIO) -> 
         httpx.post(url + SCORE_PATH, json=QUESTION)
         httpx.get(url + REWARDS_PATH)
         httpx.get(url + MODELS_PATH)
+        httpx.get(url + MODELS_PATH, headers={"x-request-id": "two words"})
         httpx.get(url + "/healthz")
     assert counted == [
         *("overloaded", "text_too_long", "not_finite", "max_images", "unknown_reward", "message", "max_body_bytes"),
-        *("internal_server_error", "picture", "method_not_allowed", "too_many_requests"),
+        *("internal_server_error", "picture", "method_not_allowed", "too_many_requests", "request_id"),
     ]
     requests = [line for line in map(json.loads, log.getvalue().splitlines()) if line["message"] == "request"]
     logged = [line.get("reject_reason") for line in requests]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +22,7 @@ from services.contract import (
     GRADIENT_DTYPES,
     IDEMPOTENCY_KEY_HEADER,
     MEDIA_TYPE,
+    MODELS_PATH,
     REWARDS_PATH,
     Images,
     PromptPair,
@@ -29,6 +32,7 @@ from services.contract import (
 )
 from services.reward_client import RewardClient, RewardRejected, RewardUnavailable
 from tests.contract.conftest import LIMITS
+from tests.contract.test_people_api import FILES
 from tests.serving import reward_app, serve_app
 
 REQUEST = RewardRequest(
@@ -191,11 +195,20 @@ def test_a_body_without_a_length_is_counted_all_the_same(reward_url: str) -> Non
     assert answer.status_code == 413
 
 
-def test_a_request_id_that_could_forge_log_lines_is_replaced(reward_url: str) -> None:
-    forged = "a" * 65
-    answer = httpx.get(reward_url + "/healthz", headers={"x-request-id": forged})
-    assert answer.status_code == 200
-    assert answer.headers["x-request-id"] not in ("", forged)
+@pytest.mark.parametrize("sent", ["", "a" * 129, "two words", "é"])
+def test_a_request_id_that_is_not_plain_is_refused(reward_url: str, sent: str) -> None:
+    answer = httpx.get(reward_url + "/healthz", headers={b"x-request-id": sent.encode("latin-1")})
+    assert answer.status_code == 400
+    assert "x-request-id must be 1 to 128 visible ASCII characters" in answer.json()["error"]
+    assert answer.json()["request_id"] == answer.headers["x-request-id"] != sent
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("sent", ["a" * 128, "Root=1-67891233/abc+def:1;x==", '{"message":"forged"}'])
+def test_a_plain_request_id_comes_back_as_it_was_sent(reward_url: str, sent: str) -> None:
+    answer = post(reward_url, b"nonsense", **{"x-request-id": sent})
+    assert answer.status_code == 422
+    assert answer.json()["request_id"] == answer.headers["x-request-id"] == sent
 
 
 def test_a_retried_request_gets_the_stored_answer(reward_url: str) -> None:
@@ -255,12 +268,45 @@ def test_a_key_opens_the_api_and_its_description_says_so(worker: Worker) -> None
 
 
 def test_the_openapi_description_lists_every_route_with_an_example(reward_url: str) -> None:
+    """And every example is true."""
     paths = httpx.get(reward_url + "/openapi.json").json()["paths"]
     assert set(paths) == {"/v1/rewards", "/v1/score", "/v1/rank", "/v1/models", "/healthz", "/readyz"}
-    for path in ("/v1/score", "/v1/rank"):
-        example = paths[path]["post"]["requestBody"]["content"]["application/json"]["example"]
-        answer = httpx.post(reward_url + path, json=example)
-        assert answer.status_code == 200, answer.text
+    for path, (method, route) in ((path, *routes.items()) for path, routes in paths.items()):
+        if method == "get":
+            example = route["responses"]["200"]["content"]["application/json"]["example"]
+            assert example.keys() == httpx.get(reward_url + path).json().keys()
+            continue
+        for media_type, body in route["requestBody"]["content"].items():
+            answer = httpx.post(reward_url + path, **sent_as(media_type, body))
+            assert answer.status_code == 200, answer.text
+    (info,) = httpx.get(reward_url + MODELS_PATH).json()["models"]
+    (example_info,) = paths[MODELS_PATH]["get"]["responses"]["200"]["content"]["application/json"]["example"]["models"]
+    assert example_info.keys() == info.keys()
+
+
+def sent_as(media_type: str, body: dict[str, Any]) -> dict[str, Any]:
+    """httpx's arguments for a route's example."""
+    if media_type == MEDIA_TYPE:
+        header = body["examples"]["header"]["value"].replace("fluent-clip", "tiny-clip").encode()
+        num_bytes = json.loads(header)["images"]["data_offsets"][1]
+        return {"content": struct.pack("<Q", len(header)) + header + bytes(num_bytes)}
+    if media_type == "application/json":
+        return {"json": body["example"]}
+    assert media_type == "multipart/form-data"
+    texts = dict(body["example"])
+    return {"files": [("image", (name, FILES[0])) for name in texts.pop("image")], "data": texts}
+
+
+def test_the_openapi_description_shows_the_answers_header(reward_url: str) -> None:
+    route = httpx.get(reward_url + "/openapi.json").json()["paths"][REWARDS_PATH]["post"]
+    described = route["responses"]["200"]
+    header = json.loads(described["content"][MEDIA_TYPE]["examples"]["header"]["value"])
+    answer = post(reward_url, REQUEST.to_bytes()).content
+    sent = json.loads(answer[8 : 8 + int.from_bytes(answer[:8], "little")])
+    assert header.keys() == sent.keys()
+    assert all(name in described["description"] for name in sent)
+    assert json.loads(header["__metadata__"]["message"]).keys() == json.loads(sent["__metadata__"]["message"]).keys()
+    assert "text/plain" in route["responses"]["503"]["content"]
 
 
 PAGE_FILES = ["/", "/docs", "/page.js", "/page.css", "/docs.js", "/swagger-ui-bundle.js", "/swagger-ui.css"]

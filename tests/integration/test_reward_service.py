@@ -244,6 +244,30 @@ def test_the_keys_of_the_environment_reach_the_replicas(services: LocalServices)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sent", [None, "mine-1/a:b=c"])
+def test_header_answer_and_log_have_one_request_id(
+    services: LocalServices, client: RewardClient, sent: str | None
+) -> None:
+    headers = {} if sent is None else {"x-request-id": sent}
+    answer = httpx.post(client.url + REWARDS_PATH, content=b"nonsense", headers=headers, timeout=120)
+    assert answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY
+    (request_id,) = answer.headers.get_list("x-request-id")
+    assert request_id == answer.json()["request_id"]
+    assert sent in (None, request_id)
+    logs = Path(services.ray.notes()["temp_dir"]) / "session_latest" / "logs"
+    line_part = f'"request_id": "{request_id}"'
+    wait_until(lambda: any(line_part in file.read_text() for file in logs.glob("worker-*.err")), timeout_s=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", ["", "a" * 129])
+def test_a_request_id_that_serve_would_repeat_and_the_log_would_not_is_refused(client: RewardClient, sent: str) -> None:
+    answer = httpx.get(client.url + READY_PATH, headers={"x-request-id": sent}, timeout=120)
+    assert answer.status_code == httpx.codes.BAD_REQUEST
+    assert "x-request-id must be" in answer.json()["error"]
+
+
+@pytest.mark.slow
 def test_nothing_of_haproxy_listens_beyond_loopback(services: LocalServices) -> None:
     proxies = [each for each in services.ray.members() if each.name() == "haproxy"]
     assert proxies

@@ -93,6 +93,22 @@ def test_a_batch_that_fails_does_not_fail_the_next() -> None:
     asyncio.run(asyncio.wait_for(run(), timeout=5))
 
 
+def test_in_a_batch_that_fails_only_who_is_at_fault_fails() -> None:
+    async def run() -> None:
+        model = Model()
+        batcher = Batcher(model, 100, 100)
+        first = await submit(batcher, Images("first"))
+        others = await submit(batcher, Images("a"), Images("broken"), Images("gone"), Images("b"))
+        others[2].cancel()
+        model.is_free.set()
+        answers = await asyncio.gather(*first, *others, return_exceptions=True)
+        assert [answers[index] for index in (0, 1, 4)] == ["answer to first", "answer to a", "answer to b"]
+        assert isinstance(answers[2], RuntimeError)
+        assert model.batches == [["first"], ["a", "broken", "b"], ["a"], ["broken"], ["b"]]
+
+    asyncio.run(asyncio.wait_for(run(), timeout=5))
+
+
 def test_who_has_gone_is_not_scored() -> None:
     async def run() -> None:
         model = Model()

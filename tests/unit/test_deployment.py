@@ -64,7 +64,7 @@ def test_the_deployment_itself_refuses_to_start_beyond_loopback_without_keys(
     monkeypatch.setattr(serve.context, "_get_global_client", lambda: serves_at)
     monkeypatch.setenv(KEYS_VARIABLE, keys)
     args = ServiceArgs.model_validate({"rewards": {"absent": {"kind": "clip", "path": str(tmp_path / "absent")}}})
-    _, plain, *_ = RewardService.func_or_class.__mro__  # ours, below what Serve puts over it
+    _, plain, *_ = RewardService.func_or_class.__mro__  # type: ignore[attr-defined]  # ours, below what Serve puts over it
     with pytest.raises(error):
         plain(args, own={})
 

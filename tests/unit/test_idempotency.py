@@ -9,6 +9,7 @@ import pytest
 from starlette.responses import Response
 
 from reward_server.idempotency import REPLAYED_HEADER, StoredAnswers
+from reward_server.limits import Limits
 from services.contract import ContractError
 
 TTL_S = 10.0
@@ -125,3 +126,13 @@ def test_the_bytes_kept_are_bounded_and_the_oldest_is_forgotten_first() -> None:
         assert too_large.num_runs == 2
 
     run(test, max_bytes)
+
+
+def test_by_default_the_answer_to_a_trainers_batch_is_kept() -> None:
+    async def test(answers: StoredAnswers, clock: Clock) -> None:
+        compute = Computation(bytes(8 * 3 * 512 * 512 * 4))  # a gradient in float32
+        for _ in range(2):
+            await answers.once("key", b"digest", compute)
+        assert compute.num_runs == 1
+
+    run(test, Limits().max_stored_answer_bytes)

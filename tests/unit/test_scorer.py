@@ -168,3 +168,21 @@ def test_a_reward_that_is_not_finite_is_an_error_naming_the_image(tmp_path: Path
 def test_the_answer_names_reward_and_weights(scorer: Scorer) -> None:
     (name,) = score_alone(scorer, make_request(1)).scorers
     assert name == f"tiny-clip@{scorer.rewards['tiny-clip'].model.checksum}"
+
+
+def test_crops_count_as_images_of_a_forward_and_are_part_of_the_version(clip: ClipArgs) -> None:
+    sizes: list[float] = []
+
+    def record(metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        if metric is BATCH_IMAGES:
+            sizes.append(value)
+
+    args = clip.model_copy(update={"crops": 3})
+    roomy, tight = (Scorer({"tiny-clip": args}, size, record=record) for size in (64, 8))
+    request = make_request(5, size_px=72)
+    assert_same(score_alone(roomy, request), score_alone(tight, request))
+    assert sizes == [5, 2, 2, 1]
+    score_alone(Scorer({"tiny-clip": args}, max_batch_images=1, record=record), make_request(2, size_px=72))
+    assert sizes[4:] == [1, 1]
+    (name,) = score_alone(roomy, request).scorers
+    assert name == f"tiny-clip@{roomy.rewards['tiny-clip'].model.checksum}+crops=3"
