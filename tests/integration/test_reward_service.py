@@ -248,7 +248,7 @@ def test_the_keys_of_the_environment_reach_the_replicas(services: LocalServices)
 def test_header_answer_and_log_have_one_request_id(
     services: LocalServices, client: RewardClient, sent: str | None
 ) -> None:
-    headers = {} if sent is None else {"x-request-id": sent}
+    headers = AUTHORIZED if sent is None else AUTHORIZED | {"x-request-id": sent}
     answer = httpx.post(client.url + REWARDS_PATH, content=b"nonsense", headers=headers, timeout=120)
     assert answer.status_code == httpx.codes.UNPROCESSABLE_ENTITY
     (request_id,) = answer.headers.get_list("x-request-id")
