@@ -24,7 +24,6 @@ from typing import Any
 import requests
 import yaml
 
-from deploy.drain import drain
 from deploy.process import OwnedProcess
 from deploy.settings import (
     EXIT_INTERRUPTED,
@@ -83,15 +82,11 @@ class LocalServices:
         return missing
 
     def down(self, processes: Sequence[OwnedProcess] | None = None) -> list[str]:
-        """Stop these at the same time; the names of those that were running.
-
-        All, unless given: then what the reward service has begun is answered first, if that takes no longer than 30 s.
-        """
+        """Stop these (all, unless given) at the same time; the names of those that were running."""
         chosen = [self.ray, self.mlflow] if processes is None else list(processes)
         temp_dir = self.ray.notes().get("temp_dir")
-        stop = _stop if processes is not None else _drain_and_stop
         with ThreadPoolExecutor(2) as pool:
-            stopped = [process.name for process, was in zip(chosen, pool.map(stop, chosen), strict=True) if was]
+            stopped = [process.name for process, was in zip(chosen, pool.map(_stop, chosen), strict=True) if was]
         if temp_dir is not None and self.ray in chosen:
             shutil.rmtree(temp_dir, ignore_errors=True)  # logs and sockets; a straggler's last write must not fail us
         return stopped
@@ -120,7 +115,7 @@ class LocalServices:
             "RAY_COLOR_PREFIX": "0",  # what jobs print is kept in files
             **_proxy_environment(temp_dir),
         }
-        self.ray.start(command, ROOT, env, temp_dir=temp_dir, dashboard_url=self.settings.dashboard_url)
+        self.ray.start(command, ROOT, env, temp_dir=temp_dir)
 
     def _start_mlflow(self) -> None:
         folder = self.settings.run_dir / "mlflow"
@@ -273,13 +268,6 @@ def _rewards_run(api: str) -> bool:
 
 
 def _stop(process: OwnedProcess) -> bool:
-    return process.stop()
-
-
-def _drain_and_stop(process: OwnedProcess) -> bool:
-    url = process.notes().get("dashboard_url")  # its own: another Ray may have the port of our settings by now
-    if url is not None and process.is_running() and not drain(url):
-        print(f"{process.name}: requests that were under way may get no answer", file=sys.stderr)
     return process.stop()
 
 
