@@ -24,7 +24,6 @@ from typing import Any
 import requests
 import yaml
 
-from deploy.drain import drain
 from deploy.haproxy import proxy_environment
 from deploy.process import OwnedProcess
 from deploy.settings import (
@@ -85,15 +84,11 @@ class LocalServices:
         return missing
 
     def down(self, processes: Sequence[OwnedProcess] | None = None) -> list[str]:
-        """Stop these at the same time; the names of those that were running.
-
-        All, unless given: then what the reward service has begun is answered first, if that takes no longer than 30 s.
-        """
+        """Stop these (all, unless given) at the same time; the names of those that were running."""
         chosen = [self.ray, self.mlflow] if processes is None else list(processes)
         temp_dir = self.ray.notes().get("temp_dir")
-        stop = _stop if processes is not None else _drain_and_stop
         with ThreadPoolExecutor(2) as pool:
-            stopped = [process.name for process, was in zip(chosen, pool.map(stop, chosen), strict=True) if was]
+            stopped = [process.name for process, was in zip(chosen, pool.map(_stop, chosen), strict=True) if was]
         if temp_dir is not None and self.ray in chosen:
             shutil.rmtree(temp_dir, ignore_errors=True)  # logs and sockets; a straggler's last write must not fail us
         return stopped
@@ -103,9 +98,9 @@ class LocalServices:
 
         Raises JobsError. A Ray that does not answer is no error: its jobs end with it.
         """
-        api = f"{self.settings.dashboard_url}/api/version"
-        if self.ray.is_running() and _get(api, request_headers()) is not None:
-            jobs = Jobs(self.settings.dashboard_url)
+        url = self.ray.notes().get("dashboard_url")  # not the settings' now: at another port another Ray may answer
+        if url is not None and self.ray.is_running() and _get(f"{url}/api/version", request_headers()) is not None:
+            jobs = Jobs(url)
             for job in jobs.list():
                 if job.is_alive:
                     print(f"stopping job {job.id} ({job.run})", flush=True)
@@ -261,13 +256,6 @@ def _rewards_run(api: str) -> bool:
 
 
 def _stop(process: OwnedProcess) -> bool:
-    return process.stop()
-
-
-def _drain_and_stop(process: OwnedProcess) -> bool:
-    url = process.notes().get("dashboard_url")  # its own: another Ray may have the port of our settings by now
-    if url is not None and process.is_running() and not drain(url):
-        print(f"{process.name}: requests that were under way may get no answer", file=sys.stderr)
     return process.stop()
 
 

@@ -21,7 +21,6 @@ import pytest
 import requests
 import yaml
 
-from deploy.drain import APPLICATIONS_PATH
 from deploy.local import LocalServices
 from deploy.settings import Settings, free_port
 from reward_server.combine import combine
@@ -45,6 +44,7 @@ from tests.tiny_models import make_tiny_clip
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 NUM_CALLERS = 8
 MAX_BATCH_IMAGES = 8
+APPLICATIONS_PATH = "/api/serve/applications/"  # of the dashboard
 BESIDE, APART = "beside-clip", "apart-clip"
 FORMER_KEY, KEY = "former-key", "key-of-these-tests"
 AUTHORIZED = {"authorization": f"Bearer {KEY}"}
@@ -319,19 +319,3 @@ def test_killing_a_replica_under_load_loses_no_answer(
             assert_right(scorer, request, answer)
     assert victim.pid not in {each.pid for each in replicas()}
     assert httpx.get(client.url + READY_PATH).status_code == httpx.codes.OK
-
-
-@pytest.mark.slow
-def test_make_down_lets_the_service_answer_what_it_began(
-    services: LocalServices, client: RewardClient, scorer: Scorer
-) -> None:
-    request = make_request(6, batch=2)
-    with ThreadPoolExecutor(1) as person:
-        with under_way(client.url, request) as answer:
-            down = person.submit(services.down)
-            wait_until(lambda: replicas_leave(services), timeout_s=60)
-        response = answer.result()
-        assert down.result() == ["ray"]
-    assert response.status_code == httpx.codes.OK, response.text
-    assert_right(scorer, request, RewardResponse.from_bytes(response.content))
-    assert not services.ray.is_running()

@@ -64,7 +64,8 @@ def test_the_deployment_itself_refuses_to_start_beyond_loopback_without_keys(
     monkeypatch.setattr(serve.context, "_get_global_client", lambda: serves_at)
     monkeypatch.setenv(KEYS_VARIABLE, keys)
     args = ServiceArgs.model_validate({"rewards": {"absent": {"kind": "clip", "path": str(tmp_path / "absent")}}})
-    _, plain, *_ = RewardService.func_or_class.__mro__  # type: ignore[attr-defined]  # ours, below what Serve puts over it
+    wrapped = RewardService.func_or_class  # type: ignore[attr-defined]  # serve.deployment
+    _, plain, *_ = wrapped.__mro__  # ours, below what Serve puts over it
     with pytest.raises(error):
         plain(args, own={})
 
