@@ -47,7 +47,7 @@ check: setup  ## format, lint, types, import rules
 	.venv/bin/lint-imports
 	.venv/bin/hadolint deploy/Dockerfile
 
-test: setup  ## all tests, with real components (about 12 minutes on 2 cores)
+test: setup  ## all tests, with real components (about 15 minutes on 2 cores)
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 conflicting: setup  ## test ImageReward and HPS v3 in environments of their own, made the first time

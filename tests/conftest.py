@@ -1,21 +1,20 @@
-"""Shares tests between processes (pytest -n 2): tests/integration to one, in turn; of the rest, each file to one.
+"""Shares tests between processes (pytest -n 2): those that start Ray clusters to one, in turn; of the rest, each file.
 
-Integration tests start Ray clusters, of which two at once would be too many for two cores.
+Two clusters at once would be too many for two cores.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-_INTEGRATION = "tests/integration"
+_WITH_RAY = {f"tests/integration/test_{name}.py" for name in ("platform", "reward_service", "training")}
 
 
 class Shared(LoadScopeScheduling):  # --dist loadgroup would do, but not with pytest 9.2 (pytest-xdist issue 1386)
     def _split_scope(self, nodeid: str) -> str:
-        return _INTEGRATION if nodeid.startswith(_INTEGRATION) else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        return "with Ray" if file in _WITH_RAY else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Shared:
@@ -23,4 +22,4 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Shared:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: Path(_INTEGRATION) not in Path(item.nodeid).parents)  # the longest part starts first
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in _WITH_RAY)  # the longest part starts first
