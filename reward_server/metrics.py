@@ -37,7 +37,7 @@ BATCH_IMAGES = Metric("srpo_reward_batch_images", "histogram", "images in one fo
 PHASE_SECONDS = Metric(
     "srpo_reward_phase_seconds",
     "histogram",
-    "decode and encode of a message, wait of a request for the model, forward and backward of a batch",
+    "decode, resize and encode of a request, its wait for the model, forward and backward of a batch",
     ("phase",),
     _SECONDS,
 )
@@ -47,7 +47,7 @@ REJECTS = Metric("srpo_reward_rejects", "counter", "requests answered with an er
 QUEUED_IMAGES = Metric("srpo_reward_queued_images", "gauge", "images that wait for the model")
 METRICS = (IMAGES, BATCH_IMAGES, PHASE_SECONDS, TEXT_CACHE_HITS, TEXT_CACHE_MISSES, REJECTS, QUEUED_IMAGES)
 
-Phase = Literal["decode", "wait", "forward", "backward", "encode"]
+Phase = Literal["decode", "resize", "wait", "forward", "backward", "encode"]
 
 
 def ignore(metric: Metric, value: float, labels: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from reward_server.catalog import UnknownReward
 from reward_server.combine import NotFinite
 from reward_server.metrics import BATCH_IMAGES, IMAGES, Record, ignore, phase
-from reward_server.models import AnyArgs
+from reward_server.models import AnyArgs, Shrinks
 from reward_server.models.preprocess import as_float
 from reward_server.served import Prepared, ServedReward
 from reward_server.srp import value, value_for_gradient
@@ -110,6 +110,28 @@ class Scorer:
             outcome if isinstance(outcome, ContractError) else self._answer(job, outcome)
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
+
+    def can_shrink(self, job: Job) -> bool:
+        """Whether it has bytes that the reward's model would resize as such."""
+        reward, request = self.rewards.get(job.reward), job.request
+        if reward is None or request.with_gradient or not isinstance(reward.model, Shrinks):
+            return False
+        return any(image.dtype == np.uint8 for image in request.images)
+
+    def shrunk(self, job: Job) -> Job:
+        """A job that `can_shrink`, with its bytes at the model's size; its answer stays the same.
+
+        From any thread: so that images are resized before the model's turn, and those of all sizes share forwards.
+        """
+        model, images = self.rewards[job.reward].model, job.request.images
+        assert isinstance(model, Shrinks)
+        if isinstance(images, np.ndarray):
+            smaller: Images = model.shrink(_one_dtype([images])).numpy()
+        else:
+            smaller = tuple(
+                model.shrink(_one_dtype([each[None]])).numpy()[0] if each.dtype == np.uint8 else each for each in images
+            )
+        return replace(job, request=replace(job.request, images=smaller))
 
     def _groups(
         self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | ContractError]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,26 +67,35 @@ def make_tiny_hpsv2(folder: Path, architecture: str | None = None, seed: int = 0
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": _TINY_HPSV2}), encoding="utf-8")
     torch.manual_seed(seed)
-    state_dict = open_clip.create_model(architecture, load_weights=False).half().state_dict()
     checkpoint = folder / "HPS_random.pt"
-    torch.save({"epoch": 1, "state_dict": state_dict}, checkpoint)
+    _save_hpsv2(open_clip.create_model(architecture, load_weights=False), checkpoint)
     return architecture, checkpoint
 
 
+def _save_hpsv2(model: torch.nn.Module, checkpoint: Path) -> None:
+    """In half precision, as HPS_v2.1_compressed.pt is."""
+    state_dict = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 1, "state_dict": state_dict}, checkpoint)
+
+
 @contextmanager
-def published_hpsv2(args: Hpsv2Args) -> Iterator[Callable[[Image.Image, str], float]]:
-    """hpsv2.score, the package's own code from picture and prompt to number, on this checkpoint and architecture.
+def published_hpsv2(
+    args: Hpsv2Args, *, writes_checkpoint: bool = False
+) -> Iterator[Callable[[Sequence[Image.Image], str], list[float]]]:
+    """hpsv2.score, the package's own code from pictures and prompt to numbers, on this checkpoint and architecture.
 
     The package always starts from laion2B weights off the hub; here its model starts at random, as the checkpoint
-    replaces every weight.
+    replaces every weight. writes_checkpoint: first, of just these random weights.
     """
     if args.architecture.startswith("local-dir:"):
         hpsv2_factory._MODEL_CONFIGS["tiny"] = _TINY_HPSV2
     name = "tiny" if args.architecture.startswith("local-dir:") else args.architecture
     model, _, preprocess = hpsv2_factory.create_model_and_transforms(name, light_augmentation=True, output_dict=True)
     img_score.model_dict.update(model=model, preprocess_val=preprocess)
+    if writes_checkpoint:
+        _save_hpsv2(model, Path(args.path))
     try:
-        yield lambda picture, prompt: float(img_score.score(picture, prompt, cp=args.path)[0])
+        yield lambda pictures, prompt: [float(each) for each in img_score.score([*pictures], prompt, cp=args.path)]
     finally:
         img_score.model_dict.clear()
 

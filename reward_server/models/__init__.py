@@ -11,7 +11,7 @@ from reward_server.models.clip import ClipArgs, ClipReward, PickScoreArgs
 from reward_server.models.hpsv2 import Hpsv2Args, Hpsv2Reward
 from reward_server.models.hpsv3 import Hpsv3Args, Hpsv3Reward
 from reward_server.models.image_reward import ImageRewardArgs, ImageRewardReward
-from reward_server.models.protocol import ImageOnly, Joint, RewardModel, TwoTower
+from reward_server.models.protocol import ImageOnly, Joint, RewardModel, Shrinks, TwoTower
 from reward_server.models.weights import ChecksumError, WeightsArgs, WeightsError
 
 AnyArgs = ClipArgs | PickScoreArgs | Hpsv2Args | AestheticArgs | ImageRewardArgs | Hpsv3Args
@@ -30,6 +30,7 @@ __all__ = [
     "PickScoreArgs",
     "RewardArgs",
     "RewardModel",
+    "Shrinks",
     "TwoTower",
     "WeightsArgs",
     "WeightsError",

@@ -56,6 +56,9 @@ class AestheticReward:
         scores: Tensor = self._head(normalize(embeds, dim=-1)).squeeze(dim=-1)
         return scores
 
+    def shrink(self, images: Tensor) -> Tensor:
+        return self._preprocess.shrink(images)
+
 
 class _Head(nn.Module):
     """Five linear layers without anything between them but the training's dropout, named as in the published file."""

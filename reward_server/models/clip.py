@@ -52,6 +52,9 @@ class ClipReward:
         crop_px = self._preprocess.height_px, self._preprocess.width_px
         return embed_views(images, self._preprocess, self._encode, self._crops, crop_px)
 
+    def shrink(self, images: Tensor) -> Tensor:
+        return images if self._crops else self._preprocess.shrink(images)  # crops are cut out of whole images
+
     def _encode(self, pixels: Tensor) -> Tensor:
         embeds: Tensor = self._model.get_image_features(pixel_values=pixels.to(self._device)).pooler_output
         return embeds

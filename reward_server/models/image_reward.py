@@ -74,3 +74,6 @@ class ImageRewardReward:
         pixels = self._preprocess(images).to(self._device)
         scores: Tensor = self._model.score_gard(tokens.input_ids, tokens.attention_mask, pixels)
         return scores.squeeze(dim=-1)
+
+    def shrink(self, images: Tensor) -> Tensor:
+        return self._preprocess.shrink(images)

@@ -63,6 +63,18 @@ class Joint(Protocol):
 RewardModel = TwoTower | ImageOnly | Joint
 
 
+@runtime_checkable
+class Shrinks(Protocol):
+    """What a model of any of the three may offer besides, if its preprocessing begins with bytes."""
+
+    def shrink(self, images: Tensor) -> Tensor:
+        """Bytes (batch, 3, height, width) on the CPU -> bytes, mostly fewer, of which the model makes the same.
+
+        From any thread, beside the model's own.
+        """
+        ...
+
+
 class TextTooLong(ContractError):
     """A text of more tokens than the reward reads."""
 

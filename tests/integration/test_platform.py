@@ -114,7 +114,10 @@ def test_other_services_on_the_same_port_are_refused_by_name(services: LocalServ
     assert services.ray.is_running()
 
 
-def test_a_reward_that_cannot_load_is_named_and_nothing_is_left_running(folder: Path, where: Settings) -> None:
+def test_a_reward_that_cannot_load_is_named_and_nothing_is_left_running(
+    folder: Path, where: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT", "1")  # in place of three tries of 15 s
     config = where.serve_config.read_text(encoding="utf-8").replace(str(folder / "clip"), str(folder / "absent"))
     (folder / "bad_serve.yaml").write_text(config, encoding="utf-8")
     ports = free_port(), free_port(), free_port()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ def aesthetic(aesthetic_args: AestheticArgs) -> AestheticReward:
 
 
 @pytest.fixture(scope="module")
-def hpsv2_score(hpsv2_args: Hpsv2Args) -> Iterator[Callable[[Image.Image, str], float]]:
+def hpsv2_score(hpsv2_args: Hpsv2Args) -> Iterator[Callable[[Sequence[Image.Image], str], list[float]]]:
     with published_hpsv2(hpsv2_args) as score:
         yield score
 
@@ -78,24 +78,26 @@ def test_hpsv2_geometry_equals_the_packages_own(height: int, width: int) -> None
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_hpsv2_equals_the_packages_own_score(
-    hpsv2: Hpsv2Reward, hpsv2_score: Callable[[Image.Image, str], float], height: int, width: int
+    hpsv2: Hpsv2Reward, hpsv2_score: Callable[[Sequence[Image.Image], str], list[float]], height: int, width: int
 ) -> None:
     picture = photo(height, width)
     for text in TEXTS:
-        assert similarity(hpsv2, picture, text) == pytest.approx(hpsv2_score(picture, text), abs=1e-5)
+        assert [similarity(hpsv2, picture, text)] == pytest.approx(hpsv2_score([picture], text), abs=1e-5)
 
 
 @pytest.mark.slow
 def test_hpsv2_equals_the_packages_own_score_at_full_size(tmp_path: Path) -> None:
     """ViT-H-14 with random weights in the published format: half precision, as HPS_v2.1_compressed.pt is."""
-    _, checkpoint = make_tiny_hpsv2(tmp_path, "ViT-H-14")
+    checkpoint = tmp_path / "HPS_random.pt"
     args = Hpsv2Args(kind="hpsv2", path=str(checkpoint))
     pictures = [photo(512, 512), photo(300, 500), photo(500, 300)]
-    with published_hpsv2(args) as score:
-        published = [score(picture, TEXTS[0]) for picture in pictures]
+    with published_hpsv2(args, writes_checkpoint=True) as score:
+        published = score(pictures, TEXTS[0])
     reward = Hpsv2Reward(args)
     checkpoint.unlink()  # 2 GB that pytest would keep
-    ours = [similarity(reward, picture, TEXTS[0]) for picture in pictures]
+    with torch.no_grad():
+        text = reward.embed_text(TEXTS[:1])[0]
+        ours = [float(reward.embed_image(tensor_of(picture))[0] @ text) for picture in pictures]
     assert ours == pytest.approx(published, abs=1e-4)
     assert np.ptp(published) > 1e-3  # the pictures differ to the model, so that the comparison says something
 
@@ -116,6 +118,18 @@ def test_pixels_equal_the_published_processors(kind: type, height: int, width: i
     in_bytes = torch.from_numpy(np.array(picture)[None]).permute(0, 3, 1, 2)
     torch.testing.assert_close(preprocess(in_bytes), published, rtol=0, atol=1e-6)
     torch.testing.assert_close(preprocess(in_bytes.contiguous()), published, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("size", [{"shortest_edge": 28}, {"shortest_edge": 32}, {"height": 28, "width": 28}], ids=str)
+def test_bytes_shrunk_before_give_the_same_pixels(size: dict[str, int], height: int, width: int) -> None:
+    preprocess = ResizeAndCrop(size, {"height": 28, "width": 28}, (0.5,) * 3, (0.25,) * 3)
+    images = (tensor_of(photo(height, width)) * 255).round().to(torch.uint8)
+    small = preprocess.shrink(images)
+    assert small.dtype == torch.uint8
+    assert preprocess(small).equal(preprocess(images))
+    if 32 not in size.values():  # nothing is left to be cropped
+        assert small.shape[-2:] == (28, 28)
 
 
 def test_bytes_are_what_their_255th_part_is_to_a_model_that_resizes_floats(hpsv2: Hpsv2Reward) -> None:

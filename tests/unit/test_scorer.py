@@ -135,6 +135,40 @@ def test_bytes_without_a_gradient_do_not_depend_on_who_else_asks(scorer: Scorer)
     np.testing.assert_allclose(together[0].rewards, together[1].rewards, atol=0.01)  # but for rounding
 
 
+def bytes_of(*sizes_px: tuple[int, int]) -> RewardRequest:
+    """Pictures of these sizes, to be scored without a gradient."""
+    random = np.random.default_rng(11)
+    images = tuple(random.integers(0, 256, (3, *size), dtype=np.uint8) for size in sizes_px)
+    return replace(make_request(len(sizes_px), with_gradient=False), images=images)
+
+
+def test_bytes_shrunk_before_are_scored_the_same_and_share_a_forward_whatever_their_size(clip: ClipArgs) -> None:
+    sizes: list[float] = []
+
+    def record(metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        if metric is BATCH_IMAGES:
+            sizes.append(value)
+
+    scorer = Scorer({"tiny-clip": clip}, record=record)
+    asked = job(bytes_of((72, 72), (40, 90), (90, 40), (28, 28)))
+    assert scorer.can_shrink(asked)
+    (whole,), (shrunk,) = scorer.score([asked]), scorer.score([scorer.shrunk(asked)])
+    assert_same(answered(shrunk), answered(whole))
+    assert sizes == [1, 1, 1, 1, 4]
+    stack = job(replace(bytes_of((72, 72), (72, 72)), images=np.stack(list(bytes_of((72, 72), (72, 72)).images))))
+    assert scorer.shrunk(stack).request.images[0].shape == (3, 32, 32)
+    assert_same(*(answered(each) for each in scorer.score([stack, scorer.shrunk(stack)])))
+
+
+def test_what_is_differentiated_or_cropped_or_no_bytes_stays_whole(clip: ClipArgs, scorer: Scorer) -> None:
+    picture = bytes_of((72, 72))
+    for request in (replace(picture, with_gradient=True), make_request(1, with_gradient=False)):
+        assert not scorer.can_shrink(job(request))
+    assert not scorer.can_shrink(Job(picture, "beauty", "1"))
+    cropping = Scorer({"tiny-clip": clip.model_copy(update={"crops": 2})})
+    assert cropping.shrunk(job(picture)).request.images[0].shape == (3, 72, 72)
+
+
 def test_one_callers_mistake_is_not_the_others(scorer: Scorer) -> None:
     good = make_request(2)
     wordy = replace(good, pairs=(good.pairs[0], PromptPair("word " * 50, "3D", "Flat")))
