@@ -25,7 +25,7 @@ from deploy.bench_reward.servers import Server
 from services.contract import PromptPair
 
 BATCH, BATCH_CALLERS = 8, 4
-_PAIR_CALLERS = 8
+_CALLERS = 8  # where it is not said otherwise
 _CACHE_PASSES = 4  # of two replicas, each misses one text in sixteen after that
 _TOLERANCE = 0.02  # of a reward: the two resize a picture a little differently
 
@@ -80,7 +80,7 @@ class Bench:
     def fill_text_caches(self) -> None:
         """Every replica has its own and sees only its share of the requests: all texts, several times."""
         asked = zip(itertools.cycle(self.pictures), self.pairs * _CACHE_PASSES, strict=False)
-        drive(self.service.url, [to_service(self.model.name, *each) for each in asked], _PAIR_CALLERS)
+        drive(self.service.url, [to_service(self.model.name, *each) for each in asked], _CALLERS)
 
     def single(self, num_callers: int, into: Comparison) -> str:
         """One picture under one pair, one forward."""
@@ -95,11 +95,11 @@ class Bench:
         asked = list(zip(itertools.cycle(self.pictures), itertools.islice(self.unseen, self.model.num_unseen)))
         ours = [to_service(self.model.name, *each) for each in asked]
         theirs = [self._pair_to_baseline(*each) for each in asked]
-        return self._both(into, ours, theirs, _PAIR_CALLERS)
+        return self._both(into, ours, theirs, _CALLERS)
 
-    def pair_cost(self, into: Comparison) -> str:
+    def pair_cost(self, num_callers: int, into: Comparison) -> str:
         """An SRPO pair: asked once here; there the picture is sent and encoded for each of the two texts."""
-        num = self.model.num_single[_PAIR_CALLERS]
+        num = self.model.num_single[num_callers]
         asked = list(itertools.islice(zip(itertools.cycle(self.pictures), itertools.cycle(self.pairs)), num))
         ours = [to_service(self.model.name, *each) for each in asked]
         theirs = [
@@ -107,7 +107,7 @@ class Bench:
             for picture, pair in asked
             for text in (pair.positive_text, pair.negative_text)
         ]
-        text = self._both(into, ours, theirs, _PAIR_CALLERS)
+        text = self._both(into, ours, theirs, num_callers)
         into.theirs.cpu_s[-1] *= 2  # two questions make a pair
         into.theirs.per_s[-1] /= 2
         return text
