@@ -44,7 +44,7 @@ class Worker:
         self._torch_thread = ThreadPoolExecutor(1, "torch", torch.set_num_threads, (args.torch_threads,))
         loading = self._torch_thread.submit(Scorer, rewards, args.max_batch_images, args.num_cached_texts, record)
         self._scorer = loading.result()
-        self._resize_thread = ThreadPoolExecutor(1, "resize", torch.set_num_threads, (1,))
+        self._resize_thread = ThreadPoolExecutor(1, "resize")
         self._record = record
         self._batcher = Batcher(self._score_batch, args.max_batch_images, args.max_queued_images, record)
         self.infos = {name: _info(served, rewards[name].kind) for name, served in self._scorer.rewards.items()}
