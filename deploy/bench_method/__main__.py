@@ -29,17 +29,18 @@ from deploy.bench_method.plan import (
     Task,
     ablation_task,
     base_task,
+    default_task,
     final_task,
     hacking_task,
     load_plan,
     sweep_task,
 )
-from deploy.bench_method.report import guards_told, write_report
+from deploy.bench_method.report import default_told, guards_told, write_report
 from deploy.bench_method.results import Result, Row, best_learning_rate
 from deploy.settings import ROOT
 
 PLAN = ROOT / "deploy" / "bench_method" / "plan.yaml"
-STAGES = ("sweep", "final", "ablate", "hack", "report")
+STAGES = ("sweep", "final", "default", "ablate", "hack", "report")
 
 
 class BenchError(RuntimeError):
@@ -65,6 +66,9 @@ class Bench:
         for seed in plan.seeds:  # all methods of one seed first: a table that stops early is still fair
             tasks += [final_task(plan, each, self.learning_rate(each.name), seed) for each in plan.methods]
         self._run("final", tasks)
+
+    def default(self) -> None:
+        self._run("default", [default_task(self.plan, seed) for seed in self.plan.seeds])
 
     def ablate(self) -> None:
         plan, rate = self.plan, self.learning_rate(self.plan.ablated)
@@ -96,7 +100,11 @@ class Bench:
             Row.of(each.name, rate, [self.result(ablation_task(plan, each, rate, seed)) for seed in seeds])
             for each in plan.ablations
         ]
-        write_report(plan, methods, sweep, ablations, self._guards(methods), self.out)
+        published = next(row for row in methods if row.label == plan.ablated)
+        default = Row.of("default", None, [self.result(default_task(plan, seed)) for seed in plan.seeds])
+        stages = {"methods": methods, "sweep": sweep, "ablations": ablations, "default": [default]}
+        told = {"guards": self._guards(methods), "default": default_told(published, default)}
+        write_report(plan, stages, told, self.out)
 
     def _guards(self, methods: Sequence[Row]) -> str:
         plan = self.plan
@@ -172,7 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"unknown stage {sorted(unknown)[0]!r}: take {', '.join(STAGES)}")
     bench = Bench(load_plan(args.plan), args.out.resolve())
-    stages = {"sweep": bench.sweep, "final": bench.final, "ablate": bench.ablate, "hack": bench.hack}
+    stages = {
+        "sweep": bench.sweep,
+        "final": bench.final,
+        "default": bench.default,
+        "ablate": bench.ablate,
+        "hack": bench.hack,
+    }
     wanted = args.stages or STAGES
     try:
         for name, stage in stages.items():

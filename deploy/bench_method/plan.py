@@ -43,7 +43,10 @@ class Plan(Frozen):
     ablation_seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     ablations: tuple[Variant, ...]
     hacking: Variant
+    hacking_budget_cpu_s: PositiveFloat
     num_hacking_checks: Annotated[int, Field(ge=2)]
+    default: Path
+    default_checks_at_cpu_s: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     stop_when: Annotated[tuple[StopRuleConfig, ...], Field(min_length=1)]
 
     def method(self, name: str) -> Variant:
@@ -95,8 +98,17 @@ def hacking_task(plan: Plan) -> Task:
     """The run that the rules must end, judged often."""
     (learning_rate,), name = plan.hacking.learning_rates, "hacking"
     config = _config(plan, plan.hacking.changes, plan.validation_path, plan.sweep_seed, learning_rate, name)
-    checks = [plan.budget_cpu_s * number / plan.num_hacking_checks for number in range(1, plan.num_hacking_checks + 1)]
+    every_cpu_s = plan.hacking_budget_cpu_s / plan.num_hacking_checks
+    checks = [every_cpu_s * number for number in range(1, plan.num_hacking_checks + 1)]
     return Task(name=name, config=config, checks_at_cpu_s=tuple(checks))
+
+
+def default_task(plan: Plan, seed: int) -> Task:
+    """The default recipe with its own learning rate, on the table's prompts, its workers' micro-batches in one."""
+    name, engine = f"default-{seed}", yaml.safe_load((ROOT / plan.default).read_text(encoding="utf-8"))["engine"]
+    changes = {"engine": {"micro_batch": engine["micro_batch"] * engine["num_workers"]}}
+    config = _config(plan, changes, plan.test_path, seed, None, name, base=plan.default)
+    return Task(name=name, config=config, checks_at_cpu_s=plan.default_checks_at_cpu_s)
 
 
 def _early_and_end(plan: Plan) -> tuple[float, float]:
@@ -117,9 +129,16 @@ def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _config(
-    plan: Plan, changes: Mapping[str, Any], prompts_path: Path, seed: int, learning_rate: float | None, name: str
+    plan: Plan,
+    changes: Mapping[str, Any],
+    prompts_path: Path,
+    seed: int,
+    learning_rate: float | None,
+    name: str,
+    base: Path | None = None,
 ) -> RunConfig:
-    tree = merged(yaml.safe_load((ROOT / plan.base).read_text(encoding="utf-8")), _IN_ONE_PROCESS)
+    file = ROOT / (base or plan.base)
+    tree = merged(yaml.safe_load(file.read_text(encoding="utf-8")), _IN_ONE_PROCESS)
     tree = merged(tree, changes)
     num_images = plan.test_images_per_prompt if prompts_path == plan.test_path else 1
     evaluation = {"prompts_path": str(prompts_path), "num_images_per_prompt": num_images}

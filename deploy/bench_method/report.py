@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deploy.bench_method.plan import Plan
-from deploy.bench_method.results import FIDELITY, LATTICE, Result, Row, broken_rules
+from deploy.bench_method.results import FIDELITY, LATTICE, Estimate, Result, Row, broken_rules
 from deploy.settings import ROOT
 
 _RESULTS = ROOT / "deploy" / "runs" / "results"
@@ -27,11 +27,12 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed")
 _NUM_PICTURES, _LABEL_PX = 10, 250
 
 
-def write_report(
-    plan: Plan, methods: Sequence[Row], sweep: Sequence[Row], ablations: Sequence[Row], guards: str, folder: Path
-) -> None:
-    """method.json, both texts, and pictures out of `folder`: of the first seed, and of every learning rate."""
-    stages = {"methods": methods, "sweep": sweep, "ablations": ablations}
+def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], told: Mapping[str, str], folder: Path) -> None:
+    """method.json, both texts, and pictures out of `folder`: of the first seed, and of every learning rate.
+
+    `stages`: the rows of methods, sweep, ablations and default; `told`: what is said of guards and default.
+    """
+    methods, sweep = stages["methods"], stages["sweep"]
     summary = {
         "plan": json.loads(plan.model_dump_json()),
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "processor": _processor()},
@@ -42,9 +43,10 @@ def write_report(
     table = table_of(methods)
     for file in (_README, _LOG):
         between(file, "bench-method", table)
-        between(file, "bench-method-guards", guards)
+        for what, text in told.items():
+            between(file, f"bench-method-{what}", text)
     between(_LOG, "bench-method-sweep", table_of(sweep))
-    between(_LOG, "bench-method-ablations", table_of([row for row in ablations if row.results]))
+    between(_LOG, "bench-method-ablations", table_of([row for row in stages["ablations"] if row.results]))
     strips = [(row.label, row.results[0]) for row in methods if row.results]
     picture(strips, folder, plan.test_images_per_prompt).save(_RESULTS / "method.png")
     swept = [(f"{row.label} {_rate(row)}", row.results[0]) for row in sweep if row.results]
@@ -89,7 +91,34 @@ def table_of(rows: Sequence[Row]) -> str:
         label = row.label + (f" ({len(row.results)} of {row.num_wanted} seeds)" if row.is_short else "")
         cells = [tell(row) for tell in columns.values()] if row.results else [row.trouble] + [""] * (len(columns) - 1)
         lines.append([label, _rate(row), *cells])
+    return _as_table(lines)
+
+
+def _as_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def default_told(published: Row, default: Row) -> str:
+    """How soon the default recipe has what the published schedule has at its end, as Markdown.
+
+    A line for each number of steps after which all of the recipe's runs were judged.
+    """
+    if not published.results or not default.results:
+        return "Not run."
+    wanted, whole_cpu_s = published.results[0].wanted, published.estimate("cpu_s").mean
+    lines = [("published schedule, at its end", [each.check() for each in published.results])]
+    by_steps = [{check["num_steps"]: check for check in each.checks} for each in default.results]
+    for num_steps in sorted(set.intersection(*map(set, by_steps))):
+        lines.append((f"default recipe, {num_steps:g} steps", [checks[num_steps] for checks in by_steps]))
+    columns = ["CPU-s", "share of CPU-s", wanted, "subject in top 5", f"Fréchet to real {wanted}", "lattice"]
+    table = [["", *columns], ["---"] * (1 + len(columns))]
+    for label, checks in lines:
+        found = {name: Estimate.of([check[name] for check in checks]) for name in checks[0]}
+        cells = [found["cpu_s"].told(digits=1), f"{found['cpu_s'].mean / whole_cpu_s:.2f}"]
+        cells += [found[name].told(percent=True) for name in (f"style_share_{wanted}", FIDELITY)]
+        cells += [found[f"frechet_{wanted}"].told(digits=1), found[LATTICE].told(percent=True, digits=1)]
+        table.append([label, *cells])
+    return _as_table(table)
 
 
 def guards_told(base: Result, hacking: Result, healthy: Sequence[tuple[Result, Result]], plan: Plan) -> str:

@@ -46,8 +46,15 @@ class Result:
 
     def check(self, index: int = -1) -> dict[str, float]:
         """Numbers of one of its checks, the last one unless told, with its CPU-seconds and steps."""
-        check = self.found["checks"][index]
-        return {**check["numbers"], "cpu_s": check["cpu_s"], "num_steps": check["num_steps"]}
+        return self.checks[index]
+
+    @property
+    def checks(self) -> list[dict[str, float]]:
+        """All of them, in order."""
+        return [
+            {**check["numbers"], "cpu_s": check["cpu_s"], "num_steps": check["num_steps"]}
+            for check in self.found["checks"]
+        ]
 
     @property
     def share(self) -> float:

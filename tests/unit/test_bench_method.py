@@ -15,13 +15,14 @@ from deploy.bench_method.plan import (
     Task,
     ablation_task,
     base_task,
+    default_task,
     final_task,
     hacking_task,
     load_plan,
     merged,
     sweep_task,
 )
-from deploy.bench_method.report import between, guards_told, picture, table_of
+from deploy.bench_method.report import between, default_told, guards_told, picture, table_of
 from deploy.bench_method.results import Estimate, Result, Row, best_learning_rate
 
 
@@ -37,6 +38,7 @@ def tasks(plan: Plan) -> list[Task]:
         rates = plan.learning_rates_of(method)
         found += [sweep_task(plan, method, rate) for rate in rates]
         found += [final_task(plan, method, rates[0], seed) for seed in plan.seeds]
+        found += [default_task(plan, seed) for seed in plan.seeds if method is plan.methods[0]]
     return [*found, hacking_task(plan), *(ablation_task(plan, each, 1e-5, 0) for each in plan.ablations)]
 
 
@@ -70,7 +72,7 @@ def test_ablations_change_one_run_and_differ_from_each_other(plan: Plan) -> None
 
 def test_held_out_prompts_of_the_table_choose_nothing(tasks: list[Task], plan: Plan) -> None:
     for task in tasks:
-        reports = task.name.startswith(("final", f"base-{plan.test_path.stem}"))
+        reports = task.name.startswith(("final", "default", f"base-{plan.test_path.stem}"))
         assert (task.config.evaluation.prompts_path == plan.test_path) == reports
 
 
@@ -137,6 +139,25 @@ def test_the_guards_flag_a_run_at_its_first_check_beyond_a_bound_and_clear_the_o
     assert f"Of the 2 runs of the table 1 are flagged: {latticed.name}." in told
     hacking.found["checks"] = each[0]
     assert "not flagged" in guards_told(base, hacking, [(base, sound)], plan)
+
+
+def test_the_default_recipe_is_told_at_the_steps_after_which_all_its_runs_were_judged(plan: Plan) -> None:
+    rate, method = 8e-5, plan.method(plan.ablated)
+    published = Row.of("", rate, [result_of(final_task(plan, method, rate, seed), 0.6) for seed in (1, 2)])
+    runs = []
+    for seed, judged in ((1, {3: (6.0, 0.4), 4: (8.0, 0.5)}), (2, {4: (10.0, 0.7), 5: (12.0, 0.8)})):
+        run = result_of(default_task(plan, seed), 0.0)
+        run.found["checks"] = [
+            result_of(default_task(plan, seed), share).found["checks"][0] | {"cpu_s": cpu_s, "num_steps": steps}
+            for steps, (cpu_s, share) in judged.items()
+        ]
+        runs.append(run)
+    lines = default_told(published, Row.of("", None, runs)).splitlines()
+    assert lines[2].startswith("| published schedule, at its end | 30.0 ± 0.0 | 1.00 | 60 ± 0 % |")
+    assert [line.split(" | ")[:4] for line in lines[3:]] == [
+        ["| default recipe, 4 steps", "9.0 ± 1.0", "0.30", "60 ± 10 %"]
+    ]
+    assert default_told(published, Row.of("", None, [None])) == "Not run."
 
 
 def test_text_between_markers_is_replaced(tmp_path: Path) -> None:
