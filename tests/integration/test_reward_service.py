@@ -74,7 +74,8 @@ def services(rewards: dict[str, ClipArgs]) -> Iterator[LocalServices]:
         "rewards": placed,
         "max_batch_images": MAX_BATCH_IMAGES,
         "max_queued_images": MAX_BATCH_IMAGES,
-        "limits": {"max_body_bytes": 16 << 20},
+        # a body that waits, unfinished, for another version to be built may pause for longer than a stranger's
+        "limits": {"max_body_bytes": 16 << 20, "chunk_timeout_s": 60},
     }
     application["deployments"].append(
         {"name": APART, "autoscaling_config": {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0.1}}
