@@ -21,7 +21,7 @@ demo: setup  ## align the embedded model, show before and after (under 8 minutes
 demo-steer: setup  ## turn a training from 3D to Flat half way, and draw the curve (under 8 minutes on 2 cores)
 	.venv/bin/python -m deploy.demo_steer
 
-bench-reward: setup  ## how fast the reward service is, on a quiet machine (under 15 minutes)
+bench-reward: setup  ## how fast the reward service is, on a quiet machine (about 17 minutes)
 	.venv/bin/python -m deploy.bench_reward
 
 bench-method: setup  ## SRPO beside ReFL, DRaFT-LV, GRPO and Direct-Align at equal CPU-seconds (about an hour, resumable)

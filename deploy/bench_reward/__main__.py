@@ -1,4 +1,4 @@
-"""`make bench-reward`: the service against Flask and against the bare model, in interleaved rounds, under 15 minutes.
+"""`make bench-reward`: the service against Flask and against the bare model, in interleaved rounds, about 17 minutes.
 
     python -m deploy.bench_reward            writes deploy/runs/results/reward.json and the table in README.md
     python -m deploy.bench_reward --quick    one short round of everything, writes nothing: does it work?
