@@ -78,6 +78,9 @@ class Run:
         self._encode = encode_ahead(self._flux, prompts, config.model.max_sequence_length)
         self._learner = make_learner(config, self._engine, self._flux, self._reward, self._encode)
         self._judges = self._load_judges()
+        reward = partial(similarities, self._reward, config, config.rewards[0].name)
+        self._panel = Panel({"reward": reward}, self._judges, None, config.evaluation.num_images_per_prompt)
+        self._base = self._panel.observe(self._draw(), self._pictures.prompts)
 
     def train_until(self, cpu_s: float) -> None:
         """Optimiser steps until this many CPU-seconds have gone into them. ValueError if a loss is not finite."""
@@ -98,14 +101,14 @@ class Run:
 
     def judge(self) -> tuple[dict[str, float], torch.Tensor]:
         """Numbers of the policy as it is, and its pictures (num_images, 3, height, width) uint8."""
-        config, prompts = self.task.config, self._pictures.prompts
-        images = self._pictures.draw_here(self._engine.policy, self._flux, self._encode)
-        reward = partial(similarities, self._reward, config, config.rewards[0].name)
-        panel = Panel({"reward": reward}, self._judges, None, config.evaluation.num_images_per_prompt)
-        numbers = panel.numbers(panel.observe(images, prompts))
+        config, images = self.task.config, self._draw()
+        numbers = self._panel.numbers(self._panel.observe(images, self._pictures.prompts, self._base))
         wanted, batch = config.control_words.positive, config.evaluation.batch
         log_probability = self._judges.style_log_probability(images, wanted, batch)
         return numbers | {"judge_log_probability": float(log_probability.double().mean())}, images
+
+    def _draw(self) -> torch.Tensor:
+        return self._pictures.draw_here(self._engine.policy, self._flux, self._encode)
 
     def _held_out(self) -> HeldOut:
         model = self.task.config.model

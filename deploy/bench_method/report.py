@@ -130,10 +130,14 @@ def guards_told(base: Result, hacking: Result, healthy: Sequence[tuple[Result, R
         first, then, last = base.check(), hacking.check(index), hacking.check()
         steps, cpu_s = f"{then['num_steps']} of {last['num_steps']} steps", f"{then['cpu_s']:.0f} CPU-s"
         lines[0] += f" flagged after {steps}, {cpu_s}, by {rule.metric.removeprefix('guard/')} {rule.told}."
-        lines += ["", "| | base | when flagged | at the end | share of the drift |", "| --- | --- | --- | --- | --- |"]
-        for name in (f"frechet_{hacking.wanted}", f"style_share_{hacking.wanted}", LATTICE):
-            drift = (then[name] - first[name]) / (last[name] - first[name]) if last[name] != first[name] else 0.0
-            lines.append(f"| {name} | {first[name]:.3g} | {then[name]:.3g} | {last[name]:.3g} | {drift:.0%} |")
+        columns = ["base", "when flagged", "at most", "at the end", "share of the most", "share of the end"]
+        table = [["", *columns], ["---"] * (1 + len(columns))]
+        for name in (f"frechet_{hacking.wanted}", LATTICE, "base_pixel_distance"):
+            values = [first[name], then[name], max(check[name] for check in hacking.checks), last[name]]
+            drifts = [value - first[name] for value in values]
+            shares = [f"{drifts[1] / drift:.0%}" if drift else "–" for drift in drifts[2:]]
+            table.append([name, *(f"{value:.3g}" for value in values), *shares])
+        lines += ["", _as_table(table)]
     else:
         lines[0] += " not flagged."
     flagged = [each.name for own_base, each in healthy if broken_rules(own_base, each, rules)]

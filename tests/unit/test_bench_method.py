@@ -51,6 +51,7 @@ def result_of(
         "diversity_seeds": 3.0,
         "lattice_share": lattice,
         "common_mode": 0.3,
+        "base_pixel_distance": 0.1,
     } | more
     checks = [{"cpu_s": 30.0, "num_steps": 17, "numbers": numbers}]
     return Result({"task": task.model_dump(mode="json"), "checks": checks, "error": error})
@@ -125,7 +126,8 @@ def test_a_table_says_what_is_missing(plan: Plan) -> None:
 
 def test_the_guards_flag_a_run_at_its_first_check_beyond_a_bound_and_clear_the_others(plan: Plan) -> None:
     base = result_of(base_task(plan, plan.validation_path, 0), 0.1, frechet_Flat=4.0, style_share_Flat=0.6)
-    drifts = [(0.05, 4.3), (0.09, 4.8), (0.04, 24.0)]
+    base.found["checks"][-1]["numbers"]["base_pixel_distance"] = 0.0
+    drifts = [(0.05, 4.3), (0.09, 4.8), (0.06, 24.0), (0.05, 8.0)]
     each = [
         result_of(hacking_task(plan), 0.1, lattice=lattice, style_share_Flat=0.5, frechet_Flat=frechet).found["checks"]
         for lattice, frechet in drifts
@@ -135,7 +137,7 @@ def test_the_guards_flag_a_run_at_its_first_check_beyond_a_bound_and_clear_the_o
     sound, latticed = (result_of(final_task(plan, plan.methods[0], 1e-4, 1), 0.5, lattice=n) for n in (0.05, 0.07))
     told = guards_told(base, hacking, [(base, sound), (base, latticed)], plan)
     assert "by lattice_share rises_by 0.5" in told
-    assert "| frechet_Flat | 4 | 4.8 | 24 | 4% |" in told
+    assert "| frechet_Flat | 4 | 4.8 | 24 | 8 | 4% | 20% |" in told
     assert f"Of the 2 runs of the table 1 are flagged: {latticed.name}." in told
     hacking.found["checks"] = each[0]
     assert "not flagged" in guards_told(base, hacking, [(base, sound)], plan)
