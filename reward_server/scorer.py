@@ -23,7 +23,7 @@ from torch import Tensor
 from reward_server.catalog import UnknownReward
 from reward_server.combine import NotFinite
 from reward_server.metrics import BATCH_IMAGES, IMAGES, Record, ignore, phase
-from reward_server.models import AnyArgs, Shrinks
+from reward_server.models import AnyArgs
 from reward_server.models.preprocess import as_float
 from reward_server.served import Prepared, ServedReward
 from reward_server.srp import value, value_for_gradient
@@ -111,25 +111,25 @@ class Scorer:
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
 
-    def can_shrink(self, job: Job) -> bool:
-        """Whether it has bytes that the reward's model would resize as such."""
+    def bytes_to_shrink(self, job: Job) -> int:
+        """How many it has that the reward's model would resize as such; 0: nothing to be done before its turn."""
         reward, request = self.rewards.get(job.reward), job.request
-        if reward is None or request.with_gradient or not isinstance(reward.model, Shrinks):
-            return False
-        return any(image.dtype == np.uint8 for image in request.images)
+        if reward is None or request.with_gradient or reward.shrink is None:
+            return 0
+        return sum(image.nbytes for image in request.images if image.dtype == np.uint8)
 
     def shrunk(self, job: Job) -> Job:
-        """A job that `can_shrink`, with its bytes at the model's size; its answer stays the same.
+        """A job that has `bytes_to_shrink`, with its bytes at the model's size; its answer stays the same.
 
         From any thread: so that images are resized before the model's turn, and those of all sizes share forwards.
         """
-        model, images = self.rewards[job.reward].model, job.request.images
-        assert isinstance(model, Shrinks)
+        shrink, images = self.rewards[job.reward].shrink, job.request.images
+        assert shrink is not None
         if isinstance(images, np.ndarray):
-            smaller: Images = model.shrink(_one_dtype([images])).numpy()
+            smaller: Images = shrink(_one_dtype([images])).numpy()
         else:
             smaller = tuple(
-                model.shrink(_one_dtype([each[None]])).numpy()[0] if each.dtype == np.uint8 else each for each in images
+                shrink(_one_dtype([each[None]])).numpy()[0] if each.dtype == np.uint8 else each for each in images
             )
         return replace(job, request=replace(job.request, images=smaller))
 

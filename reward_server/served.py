@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reward_server.metrics import Record
-from reward_server.models import AnyArgs, ImageOnly, Joint, TwoTower, load_reward
+from reward_server.models import AnyArgs, ImageOnly, Joint, Shrinks, TwoTower, load_reward
 from reward_server.srp import Similarities, similarity
 from reward_server.texts import TextCache
 from services.contract import PromptPair
@@ -23,7 +23,8 @@ Prepared = tuple[Tensor, Tensor] | PromptPair  # a pair's embeddings (embedding,
 class ServedReward:
     """Raises WeightsError where the weights are not as the arguments say.
 
-    version: name, checksum and what else makes its rewards incomparable with others; num_views: of each image.
+    version: name, checksum and what else makes its rewards incomparable with others; num_views: of each image;
+    shrink: the model's (models/protocol.py), None where it has none.
     """
 
     def __init__(self, name: str, args: AnyArgs, num_cached_texts: int, record: Record) -> None:
@@ -31,6 +32,7 @@ class ServedReward:
         self.device = torch.device(args.device)
         self.model = load_reward(args)
         self.num_views = args.num_views
+        self.shrink = self.model.shrink if isinstance(self.model, Shrinks) else None
         self.version = f"{name}@{self.model.checksum}{args.version_suffix}"
         if isinstance(self.model, TwoTower):
             self._texts = TextCache(name, self.model.embed_text, num_cached_texts, record)

@@ -1,4 +1,4 @@
-"""Loaded rewards behind one async function: batches over callers on the event loop, torch in threads of its own.
+"""Loaded rewards behind one async function: batches over callers on the event loop, torch in a thread of its own.
 
 worker = Worker({"fluent-clip": ClipArgs(kind="clip", path="deploy/tiny/reward")})
 response = await worker.score(Job(request, "fluent-clip", request_id="1"))
@@ -18,6 +18,7 @@ from reward_server.batching import Batcher
 from reward_server.catalog import RewardInfo
 from reward_server.metrics import Record, ignore, phase
 from reward_server.models import AnyArgs, ImageOnly
+from reward_server.off_loop import off_loop_if_large
 from reward_server.scorer import Answer, Job, Scorer
 from reward_server.served import ServedReward
 from services.contract import ContractError, RewardResponse
@@ -44,16 +45,15 @@ class Worker:
         self._torch_thread = ThreadPoolExecutor(1, "torch", torch.set_num_threads, (args.torch_threads,))
         loading = self._torch_thread.submit(Scorer, rewards, args.max_batch_images, args.num_cached_texts, record)
         self._scorer = loading.result()
-        self._resize_thread = ThreadPoolExecutor(1, "resize")
         self._record = record
         self._batcher = Batcher(self._score_batch, args.max_batch_images, args.max_queued_images, record)
         self.infos = {name: _info(served, rewards[name].kind) for name, served in self._scorer.rewards.items()}
 
     async def score(self, job: Job) -> RewardResponse:
         """Raises ContractError where the request cannot be scored, and Overloaded where too many wait."""
-        if self._scorer.can_shrink(job):
+        if num_bytes := self._scorer.bytes_to_shrink(job):
             with phase(self._record, "resize"):
-                job = await asyncio.get_running_loop().run_in_executor(self._resize_thread, self._scorer.shrunk, job)
+                job = await off_loop_if_large(num_bytes, self._scorer.shrunk, job)
         answer = await self._batcher.submit(job)
         if isinstance(answer, ContractError):
             raise answer

@@ -151,7 +151,7 @@ def test_bytes_shrunk_before_are_scored_the_same_and_share_a_forward_whatever_th
 
     scorer = Scorer({"tiny-clip": clip}, record=record)
     asked = job(bytes_of((72, 72), (40, 90), (90, 40), (28, 28)))
-    assert scorer.can_shrink(asked)
+    assert scorer.bytes_to_shrink(asked)
     (whole,), (shrunk,) = scorer.score([asked]), scorer.score([scorer.shrunk(asked)])
     assert_same(answered(shrunk), answered(whole))
     assert sizes == [1, 1, 1, 1, 4]
@@ -163,8 +163,8 @@ def test_bytes_shrunk_before_are_scored_the_same_and_share_a_forward_whatever_th
 def test_what_is_differentiated_or_cropped_or_no_bytes_stays_whole(clip: ClipArgs, scorer: Scorer) -> None:
     picture = bytes_of((72, 72))
     for request in (replace(picture, with_gradient=True), make_request(1, with_gradient=False)):
-        assert not scorer.can_shrink(job(request))
-    assert not scorer.can_shrink(Job(picture, "beauty", "1"))
+        assert not scorer.bytes_to_shrink(job(request))
+    assert not scorer.bytes_to_shrink(Job(picture, "beauty", "1"))
     cropping = Scorer({"tiny-clip": clip.model_copy(update={"crops": 2})})
     assert cropping.shrunk(job(picture)).request.images[0].shape == (3, 72, 72)
 
