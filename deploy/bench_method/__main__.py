@@ -78,7 +78,8 @@ class Bench:
 
     def hack(self) -> None:
         plan = self.plan
-        self._run("hack", [base_task(plan, plan.validation_path, plan.sweep_seed), hacking_task(plan)])
+        tasks = [base_task(plan, plan.validation_path, seed) for seed in plan.seeds]
+        self._run("hack", tasks + [hacking_task(plan, seed) for seed in plan.seeds])
 
     def report(self) -> None:
         """Tables, numbers and pictures out of the runs that are there; rows without runs say so."""
@@ -108,13 +109,15 @@ class Bench:
 
     def _guards(self, methods: Sequence[Row]) -> str:
         plan = self.plan
-        base = self.result(base_task(plan, plan.validation_path, plan.sweep_seed))
-        hacking = self.result(hacking_task(plan))
-        if base is None or hacking is None:
-            return "Not run."
+        hacking = []
+        for seed in plan.seeds:
+            base, run = self.result(base_task(plan, plan.validation_path, seed)), self.result(hacking_task(plan, seed))
+            if base is None or run is None:
+                return "Not run."
+            hacking.append((base, run))
         bases = {each.seed: each for each in methods[0].results}
         healthy = [(bases[each.seed], each) for row in methods[1:] for each in row.results if each.seed in bases]
-        return guards_told(base, hacking, healthy, plan)
+        return guards_told(hacking, healthy, plan)
 
     def learning_rate(self, method: str) -> float:
         """The best of the sweep. Raises BenchError where a run of it is missing."""

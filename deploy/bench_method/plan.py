@@ -45,6 +45,7 @@ class Plan(Frozen):
     hacking: Variant
     hacking_budget_cpu_s: PositiveFloat
     num_hacking_checks: Annotated[int, Field(ge=2)]
+    hacking_drift: Word
     default: Path
     default_checks_at_cpu_s: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     stop_when: Annotated[tuple[StopRuleConfig, ...], Field(min_length=1)]
@@ -94,10 +95,10 @@ def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int
     return Task(name=name, config=config, checks_at_cpu_s=_early_and_end(plan))
 
 
-def hacking_task(plan: Plan) -> Task:
+def hacking_task(plan: Plan, seed: int) -> Task:
     """The run that the rules must end, judged often."""
-    (learning_rate,), name = plan.hacking.learning_rates, "hacking"
-    config = _config(plan, plan.hacking.changes, plan.validation_path, plan.sweep_seed, learning_rate, name)
+    (learning_rate,), name = plan.hacking.learning_rates, f"hacking-{seed}"
+    config = _config(plan, plan.hacking.changes, plan.validation_path, seed, learning_rate, name)
     every_cpu_s = plan.hacking_budget_cpu_s / plan.num_hacking_checks
     checks = [every_cpu_s * number for number in range(1, plan.num_hacking_checks + 1)]
     return Task(name=name, config=config, checks_at_cpu_s=tuple(checks))

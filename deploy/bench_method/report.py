@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deploy.bench_method.plan import Plan
-from deploy.bench_method.results import FIDELITY, LATTICE, Estimate, Result, Row, broken_rules
+from deploy.bench_method.results import FIDELITY, LATTICE, Estimate, Result, Row, broken_rules, is_in_time
 from deploy.settings import ROOT
+from services.config import StopRuleConfig
 
 _RESULTS = ROOT / "deploy" / "runs" / "results"
 _README, _LOG = ROOT / "README.md", ROOT / "deploy" / "runs" / "LOG.md"
@@ -121,29 +122,41 @@ def default_told(published: Row, default: Row) -> str:
     return _as_table(table)
 
 
-def guards_told(base: Result, hacking: Result, healthy: Sequence[tuple[Result, Result]], plan: Plan) -> str:
-    """What the rules say of the hacking run and of healthy ones (each with its base model), as Markdown."""
-    rules = plan.stop_when
-    lines = [f"`{plan.hacking.name}` at {plan.hacking.learning_rates[0]:g}, judged {plan.num_hacking_checks} times:"]
-    if found := broken_rules(base, hacking, rules):
-        index, rule = found[0]
-        first, then, last = base.check(), hacking.check(index), hacking.check()
-        steps, cpu_s = f"{then['num_steps']} of {last['num_steps']} steps", f"{then['cpu_s']:.0f} CPU-s"
-        lines[0] += f" flagged after {steps}, {cpu_s}, by {rule.metric.removeprefix('guard/')} {rule.told}."
-        columns = ["base", "when flagged", "at most", "at the end", "share of the most", "share of the end"]
-        table = [["", *columns], ["---"] * (1 + len(columns))]
-        for name in (f"frechet_{hacking.wanted}", LATTICE, "base_pixel_distance"):
-            values = [first[name], then[name], max(check[name] for check in hacking.checks), last[name]]
-            drifts = [value - first[name] for value in values]
-            shares = [f"{drifts[1] / drift:.0%}" if drift else "–" for drift in drifts[2:]]
-            table.append([name, *(f"{value:.3g}" for value in values), *shares])
-        lines += ["", _as_table(table)]
-    else:
-        lines[0] += " not flagged."
-    flagged = [each.name for own_base, each in healthy if broken_rules(own_base, each, rules)]
+def guards_told(hacking: Sequence[tuple[Result, Result]], healthy: Sequence[tuple[Result, Result]], plan: Plan) -> str:
+    """What the rules say of the hacking runs and of healthy ones (each with its base model), as Markdown."""
+    columns = ["seed", "flagged", "by", "number", "base", "when flagged", "at most", "at the end"]
+    table = [[*columns, "share of the most", "share of the end"]]
+    table.append(["---"] * len(table[0]))
+    num_in_time = 0
+    for base, run in hacking:
+        if found := broken_rules(base, run, plan.stop_when):
+            index, rule = found[0]
+            num_in_time += is_in_time(base, run, index, plan.hacking_drift)
+            table += _drifts(base, run, index, rule)
+        else:
+            table.append([str(run.seed), "never", *[""] * (len(table[0]) - 2)])
+    lines = [
+        f"`{plan.hacking.name}` at {plan.hacking.learning_rates[0]:g}, judged {plan.num_hacking_checks} times: of "
+        f"{len(hacking)} runs {num_in_time} are flagged before a quarter of their final drift, counted by "
+        f"{plan.hacking_drift}."
+    ]
+    flagged = [each.name for own_base, each in healthy if broken_rules(own_base, each, plan.stop_when)]
     names = ": " + ", ".join(flagged) if flagged else ""
-    lines += ["", f"Of the {len(healthy)} runs of the table {len(flagged)} are flagged{names}."]
+    lines += ["", _as_table(table), "", f"Of the {len(healthy)} runs of the table {len(flagged)} are flagged{names}."]
     return "\n".join(lines)
+
+
+def _drifts(base: Result, run: Result, index: int, rule: StopRuleConfig) -> list[list[str]]:
+    """A line a number: how far it had drifted when the rule was broken, and what that is of its later drift."""
+    first, then, last = base.check(), run.check(index), run.check()
+    steps = f"after {then['num_steps']} of {last['num_steps']} steps"
+    by, lines = f"{rule.metric.removeprefix('guard/')} {rule.told}", []
+    for name in (LATTICE, f"frechet_{run.wanted}", "base_pixel_distance"):
+        values = [first[name], then[name], max(check[name] for check in run.checks), last[name]]
+        drifts = [value - first[name] for value in values]
+        shares = [f"{drifts[1] / drift:.0%}" if drift else "–" for drift in drifts[2:]]
+        lines.append([str(run.seed), steps, by, name, *(f"{value:.3g}" for value in values), *shares])
+    return lines
 
 
 def _rate(row: Row) -> str:

@@ -14,6 +14,7 @@ from trainer.stop_rules import Check, is_violated
 FIDELITY = "subject_top5"
 _LEAST_FIDELITY = 0.9  # of the base model's
 LATTICE = "lattice_share"
+_IN_TIME = 0.25  # of the final drift
 _MOST_LATTICE = 1.25  # of the base model's: people see the lattice, the judges do not
 
 
@@ -101,6 +102,15 @@ def broken_rules(base: Result, result: Result, rules: Sequence[StopRuleConfig]) 
     return [
         (index, rule) for index, check in enumerate(checks[1:]) for rule in rules if is_violated(rule, checks, check)
     ]
+
+
+def is_in_time(base: Result, result: Result, index: int, number: str) -> bool:
+    """Whether the check at `index` comes before a quarter of what `number` rises by until the end.
+
+    A run whose number does not rise has no drift that a check could come before.
+    """
+    first, then, last = (each[number] for each in (base.check(), result.check(index), result.check()))
+    return last > first and then - first < _IN_TIME * (last - first)
 
 
 def _as_the_guard_sees(check: dict[str, Any], wanted: str) -> Check:
