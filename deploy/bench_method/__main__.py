@@ -103,7 +103,15 @@ class Bench:
         ]
         published = next(row for row in methods if row.label == plan.ablated)
         default = Row.of("default", None, [self.result(default_task(plan, seed)) for seed in plan.seeds])
-        stages = {"methods": methods, "sweep": sweep, "ablations": ablations, "default": [default]}
+        runs = [self.result(hacking_task(plan, seed)) for seed in plan.seeds]
+        hacking = Row.of(plan.hacking.name, plan.hacking.learning_rates[0], runs)
+        stages = {
+            "methods": methods,
+            "sweep": sweep,
+            "ablations": ablations,
+            "default": [default],
+            "hacking": [hacking],
+        }
         told = {"guards": self._guards(methods), "default": default_told(published, default)}
         write_report(plan, stages, told, self.out)
 

@@ -31,7 +31,7 @@ _NUM_PICTURES, _LABEL_PX = 10, 250
 def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], told: Mapping[str, str], folder: Path) -> None:
     """method.json, both texts, and pictures out of `folder`: of the first seed, and of every learning rate.
 
-    `stages`: the rows of methods, sweep, ablations and default; `told`: what is said of guards and default.
+    `stages`: the rows of methods, sweep, ablations, default and hacking; `told`: what is said of guards and default.
     """
     methods, sweep = stages["methods"], stages["sweep"]
     summary = {
