@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
-import json
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import requests
 from PIL import Image
 
 from deploy.settings import ROOT
@@ -69,16 +68,18 @@ def jpegs(size_px: int = 512) -> list[bytes]:
 
 
 def to_service(reward: str, jpeg: bytes, pair: PromptPair) -> Question:
-    """POST /v1/score as JSON, which takes the service less time than a form."""
+    """POST /v1/score as a form, which carries the file as it is; base64 in JSON costs both sides more."""
     fields = {
-        "images": [base64.b64encode(jpeg).decode("ascii")],
         "prompt": pair.prompt,
         "positive": pair.positive,
         "negative": pair.negative,
-        "preference_scale": PREFERENCE_SCALE,
+        "preference_scale": str(PREFERENCE_SCALE),
         "reward": reward,
     }
-    return Question(SCORE_PATH, json.dumps(fields).encode(), "application/json")
+    files = {"image": ("picture.jpg", jpeg, "image/jpeg")}
+    form = requests.Request("POST", "http://localhost", data=fields, files=files).prepare()
+    assert isinstance(form.body, bytes)
+    return Question(SCORE_PATH, form.body, str(form.headers["content-type"]))
 
 
 def to_baseline(reward: str, jpeg: bytes, texts: Sequence[str]) -> Question:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from reward_server.models.preprocess import ResizeAndCrop
 from reward_server.models.protocol import check_length
+from reward_server.models.traced import traced
 from reward_server.models.views import ViewsArgs, embed_views
 from reward_server.models.weights import find_folder, from_pretrained, verified_checksum, weight_files
 
@@ -47,6 +48,10 @@ class ClipReward:
         self._preprocess = ResizeAndCrop.of_processor(CLIPImageProcessor.from_pretrained(folder))
         self.max_text_tokens = int(self._model.config.text_config.max_position_embeddings)
         self.logit_scale: float | None = float(self._model.logit_scale.exp())
+        self._forward: Callable[[Tensor], Tensor] = self._eager
+        if self._device.type == "cpu":  # a GPU works on while Python prepares what comes next
+            image_shape = 3, self._preprocess.height_px, self._preprocess.width_px
+            self._forward = traced(self._model, self._eager, image_shape)
 
     def embed_image(self, images: Tensor) -> Tensor:
         crop_px = self._preprocess.height_px, self._preprocess.width_px
@@ -56,7 +61,11 @@ class ClipReward:
         return images if self._crops else self._preprocess.shrink(images)  # crops are cut out of whole images
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        embeds: Tensor = self._model.get_image_features(pixel_values=pixels.to(self._device)).pooler_output
+        forward = self._eager if pixels.requires_grad else self._forward
+        return forward(pixels.to(self._device))
+
+    def _eager(self, pixels: Tensor) -> Tensor:
+        embeds: Tensor = self._model.get_image_features(pixel_values=pixels).pooler_output
         return embeds
 
     @torch.no_grad()
