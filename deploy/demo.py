@@ -26,9 +26,9 @@ from deploy.local import LocalServices
 from deploy.process import OwnedProcess
 from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError, Settings, add_options, settings
 from deploy.signals import end_as_interrupted
-from services.config import ConfigError, RunConfig, load_run_config
-from services.jobs import Jobs, JobsError
-from services.tracking import Tracker, TrackingError
+from services.clients.jobs import Jobs, JobsError
+from services.clients.tracking import Tracker, TrackingError
+from services.config.run import ConfigError, RunConfig, load_run_config
 
 RUNS = ROOT / "deploy" / "runs"
 FORWARD, REVERSED = RUNS / "tiny_srpo.yaml", RUNS / "tiny_srpo_reversed.yaml"

@@ -22,10 +22,10 @@ from deploy.local import LocalServices
 from deploy.process import OwnedProcess
 from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError, Settings, add_options, settings
 from deploy.signals import end_as_interrupted
-from services import cli
-from services.config import ConfigError, RunConfig, load_run_config
-from services.jobs import Jobs, JobsError
-from services.tracking import Tracker, TrackingError
+from services.clients.jobs import Jobs, JobsError
+from services.clients.tracking import Tracker, TrackingError
+from services.commands import main as cli
+from services.config.run import ConfigError, RunConfig, load_run_config
 
 RUN = RUNS / "steer.yaml"
 _SHARES = ("guard/style_share_3D", "guard/style_share_Flat")

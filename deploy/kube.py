@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from deploy.settings import ROOT
-from services.config import RunConfig, load_run_config
+from services.config.run import RunConfig, load_run_config
 
 Tree = dict[str, Any]
 

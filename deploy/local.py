@@ -38,8 +38,8 @@ from deploy.settings import (
     settings,
 )
 from deploy.signals import end_as_interrupted
+from services.clients.jobs import ADDRESS_VARIABLES, Jobs, JobsError, request_headers, token_path
 from services.contract import READY_PATH
-from services.jobs import ADDRESS_VARIABLES, Jobs, JobsError, request_headers, token_path
 
 _READY_TIMEOUT_S = 180.0  # about 15 s on two idle cores
 _POLL_S = 0.2

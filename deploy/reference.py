@@ -25,13 +25,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
+from services.config.objective import ObjectiveConfig, RewardConfig, Schedule
 from services.contract import Float32, PromptPair, RewardResponse
-from services.objective import ObjectiveConfig, RewardConfig, Schedule
-from trainer.direct_align import branch_loss, recover_anchor
+from trainer.algorithm.direct_align import branch_loss, recover_anchor
+from trainer.algorithm.rollout import Injection, Sampling, roll_out
 from trainer.flow import Branch, branches
-from trainer.flux import FluxModel
-from trainer.rollout import Injection, Sampling, roll_out
-from trainer.text_encoders import Conditioning
+from trainer.model.packing import pack
+from trainer.model.policy import Policy
+from trainer.model.text_encoders import Conditioning
 
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
@@ -63,7 +64,7 @@ class Reference:
                 raise VectorsError(f"{path}: there is no {file}")
         return cls(load_file(files[0]), json.loads(files[1].read_text(encoding="utf-8")))
 
-    def flux(self) -> FluxModel:
+    def flux(self) -> Policy:
         """Transformer and VAE with the file's weights."""
         transformer = FluxTransformer2DModel(**self.facts["transformer_config"])
         vae = AutoencoderKL(**self.facts["vae_config"])
@@ -71,7 +72,7 @@ class Reference:
             weights = {key.removeprefix(prefix): each for key, each in self.tensors.items() if key.startswith(prefix)}
             module.load_state_dict(weights)
         absent = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-        return FluxModel(FluxPipeline(transformer=transformer, vae=vae, **absent))
+        return Policy(FluxPipeline(transformer=transformer, vae=vae, **absent))
 
     def objective(self) -> ObjectiveConfig:
         facts, num_levels = self.facts, self.facts["num_levels"]
@@ -92,14 +93,13 @@ class Reference:
             margin=self.facts["margin"],
         )
 
-    def injection(self, flux: FluxModel) -> Injection:
+    def injection(self, flux: Policy) -> Injection:
         """The file's rollout, made by us, and its noise injected again."""
         tensors, facts = self.tensors, self.facts
         first, after_word = facts["branches"][0], f". {facts['caption']}"
         words = [first[f"{side}_text"].removesuffix(after_word) for side in ("positive", "negative")]
-        noise = flux.pack(tensors["in.noise"])
+        noise = pack(tensors["in.noise"])
         rollout = roll_out(
-            flux.transformer,
             flux,
             conditioning=Conditioning(tensors["in.prompt_embeds"], tensors["in.pooled"]),
             noise=noise,
@@ -146,9 +146,7 @@ def compare(reference: Reference) -> dict[str, float]:
     errors = {"rollout": _relative(injection.rollout.clean, tensors["rollout_latents"])}
     for number, branch in enumerate(reference.branches(injection)):
         forward = _forward_errors(reference, flux, injection, branch, number)
-        outcome = branch_loss(
-            branch, injection, flux.transformer, flux, reference.score, reference.objective(), (reference.reward(),)
-        )
+        outcome = branch_loss(branch, injection, flux, reference.score, reference.objective(), (reference.reward(),))
         loss = outcome.loss / facts["num_branches"]
         loss.backward()
         scale = torch.tensor(facts["branches"][number]["preference_scale"])
@@ -162,7 +160,7 @@ def compare(reference: Reference) -> dict[str, float]:
 
 
 def _forward_errors(
-    reference: Reference, flux: FluxModel, injection: Injection, branch: Branch, number: int
+    reference: Reference, flux: Policy, injection: Injection, branch: Branch, number: int
 ) -> dict[str, float]:
     """Sigmas, and what leads from the injected noise to the decoded image."""
     sampling, objective, facts = injection.rollout.sampling, reference.objective(), reference.facts["branches"][number]
@@ -170,7 +168,7 @@ def _forward_errors(
         raise VectorsError(f"branch {number} of the file is {facts['branch']!r}, ours is {branch.name!r}")
     size = sampling.height_px, sampling.width_px
     with torch.no_grad():
-        ours = recover_anchor(branch, injection, flux.transformer, flux, objective)
+        ours = recover_anchor(branch, injection, flux, objective)
         image = flux.decode_image(ours.recovered, *size)
     latents = {"noisy": ours.noisy, "pred": ours.velocity, "recovered": ours.recovered, "image": image}
     sigmas = {name: _relative(getattr(branch, name), torch.tensor(facts[name])) for name in _SIGMAS}

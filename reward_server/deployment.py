@@ -20,17 +20,17 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from reward_server.access_log import log_as_json
-from reward_server.app import build_app
-from reward_server.batching import Overloaded
-from reward_server.catalog import RewardInfo
-from reward_server.combine import score_all
-from reward_server.guard import check_binding, read_keys
-from reward_server.limits import Limits
+from reward_server.http.access import check_binding, read_keys
+from reward_server.http.access_log import log_as_json
+from reward_server.http.app import build_app
+from reward_server.http.limits import Limits
 from reward_server.metrics import METRICS, Metric
 from reward_server.models import AnyArgs, RewardArgs
-from reward_server.scorer import Job
-from reward_server.worker import Worker, WorkerArgs
+from reward_server.scoring.batching import Overloaded
+from reward_server.scoring.catalog import RewardInfo
+from reward_server.scoring.combine import score_all
+from reward_server.scoring.scorer import Job
+from reward_server.scoring.worker import Worker, WorkerArgs
 from services.contract import REQUEST_ID_HEADER, ContractError, RewardRequest, RewardResponse
 
 Outcome = RewardResponse | ContractError | Overloaded  # as a value: Serve would wrap what is raised

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.buckets import Size
-from trainer.latents import Manifest, Shard, vae_checksum, write_manifest, write_shard
+from trainer.data.buckets import Size
+from trainer.data.latents import Manifest, Shard, vae_checksum, write_manifest, write_shard
 
 
 def write_latents(

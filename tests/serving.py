@@ -14,11 +14,11 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from reward_server.app import build_app
-from reward_server.combine import score_all
-from reward_server.limits import Limits
-from reward_server.scorer import Job
-from reward_server.worker import Worker
+from reward_server.http.app import build_app
+from reward_server.http.limits import Limits
+from reward_server.scoring.combine import score_all
+from reward_server.scoring.scorer import Job
+from reward_server.scoring.worker import Worker
 from services.contract import RewardRequest, RewardResponse
 
 LIMITS = Limits()

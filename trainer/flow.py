@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.objective import BranchName, ObjectiveConfig, Schedule
+from services.config.objective import BranchName, ObjectiveConfig, Schedule
 
 
 def sigma_schedule(num_steps: int, shift: float) -> Tensor:

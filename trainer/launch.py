@@ -22,18 +22,18 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingCon
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from services.config import ConfigError, RunConfig, load_run_config
-from services.prompt_config import absolute
-from services.reward_client import RewardClient, RewardError
-from services.tracking import RunStatus, Tracker, TrackingError
-from trainer.batches import open_batches
-from trainer.conditioning import check_embeddings, drawn_prompts, judged_prompts
-from trainer.failures import EndAtMistakes, cause, mistakes_named
+from services.clients.reward import RewardClient, RewardError
+from services.clients.tracking import RunStatus, Tracker, TrackingError
+from services.config.prompts import absolute
+from services.config.run import ConfigError, RunConfig, load_run_config
+from trainer.data.batches import open_batches
+from trainer.data.conditioning import check_embeddings, drawn_prompts, judged_prompts
+from trainer.data.latents import require_unchanged
+from trainer.evaluation.stop_rules import BEST_STEP
 from trainer.flow import level_sigmas, num_delta_levels
-from trainer.flux import check_model_path
-from trainer.latents import require_unchanged
-from trainer.probe import require_taken
-from trainer.stop_rules import BEST_STEP
+from trainer.model.loading import check_model_path
+from trainer.runtime.failures import EndAtMistakes, cause, mistakes_named
+from trainer.runtime.preflight import require_taken
 
 _ROOT = Path(__file__).resolve().parent.parent
 _EXIT_STOPPED = 130
@@ -115,7 +115,7 @@ def validate(config: RunConfig) -> None:
     if judges is not None and not judges.is_dir():
         raise LaunchError(f"evaluation.judge_path {judges} is not a folder: give one, or null to do without judges")
     if config.evaluation.reference_path is not None:
-        from trainer.measure import picture_files  # on use: only such a run waits for transformers
+        from trainer.evaluation.measurements import picture_files  # on use: only such a run waits for transformers
 
         picture_files(config.evaluation.reference_path)
     shift, objective = config.rollout.shift, config.objective
@@ -130,7 +130,7 @@ def validate(config: RunConfig) -> None:
                 f"rewards.{index}.name {reward.name!r} is not served at {service.url}; served: {', '.join(offered)}"
             )
     if config.guard is not None:
-        from trainer.watch import check_guard  # on use, as above
+        from trainer.evaluation.guard import check_guard  # on use, as above
 
         check_guard(config, config.guard, offered)
     check_cluster(os.environ.get("RAY_ADDRESS", ""))

@@ -19,22 +19,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from services.config import RunConfig
+from services.clients.reward import RewardClient
+from services.clients.tracking import Tracker
+from services.config.run import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
-from services.reward_client import RewardClient
-from services.tracking import Tracker
-from trainer.baselines import make_learner
-from trainer.batches import open_batches
-from trainer.conditioning import drawn_prompts, encoder, load_flux, used_prompts
-from trainer.engine import Engine, init_distributed
-from trainer.evaluate import Evaluation, HeldOut, Judges, before_after, held_out_images, picture_grid, similarities
-from trainer.helm import Helm, try_out
-from trainer.learner import num_backwards
-from trainer.lora import adapter, add_adapter, whole
-from trainer.record import Journal, StepNumbers, progress_line
-from trainer.step_learner import worker_samples
-from trainer.stop_rules import BEST_STEP
-from trainer.watch import Watch, guard_panel
+from trainer.algorithm.baselines import make_learner
+from trainer.algorithm.direct_align_learner import num_backwards
+from trainer.algorithm.learner import worker_samples
+from trainer.algorithm.step_metrics import StepMetrics, progress_line
+from trainer.data.batches import open_batches
+from trainer.data.conditioning import drawn_prompts, encoder, load_policy, used_prompts
+from trainer.data.prompt_lengths import describe_cut_prompts
+from trainer.evaluation.drawing import (
+    Evaluation,
+    HeldOut,
+    Judges,
+    before_after,
+    held_out_images,
+    picture_grid,
+    similarities,
+)
+from trainer.evaluation.guard import Watch, guard_panel
+from trainer.evaluation.stop_rules import BEST_STEP
+from trainer.model.engine import Engine, init_distributed
+from trainer.model.lora import adapter, add_adapter, whole
+from trainer.runtime.recorder import Recorder
+from trainer.runtime.steering import Helm, try_out
 
 _GRID_COLUMNS = 6
 
@@ -71,32 +81,33 @@ class Worker:
     def __init__(self, config: RunConfig, run_id: str) -> None:
         self.config = config
         logging.getLogger().setLevel(logging.WARNING)  # Ray sets INFO: a line for every request and every report
-        self._total = StepNumbers()  # seconds by phase, of the whole run
+        self._total = StepMetrics()  # seconds by phase, of the whole run
         with self._total.timed("load"):
             torch.set_num_threads(config.engine.threads_per_worker)
             self._device = init_distributed(config.engine.use_gpu)
             self._rank, self._num_workers = dist.get_rank(), dist.get_world_size()
             tracker = Tracker.resume(config.tracking.uri, run_id) if self._rank == 0 else None
-            self._journal = Journal(tracker) if tracker else None
+            self._recorder = Recorder(tracker) if tracker else None
             self._folder = config.output_dir / config.name
             self._load_model()
             self._load_rewards()
             self._encode_prompts()
-            self.learner = make_learner(config, self._engine, self._flux, self._score, self._encoded)
+            self.learner = make_learner(config, self._engine, self._policy, self._score, self._encoded)
             drawn = drawn_prompts(config) if tracker else []
             self._helm = Helm(config, self._device, tracker, self._log, partial(try_out, self._client, drawn))
 
     def _load_model(self) -> None:
         config, engine = self.config, self.config.engine
         dtype = getattr(torch, config.model.dtype)
-        self._flux = load_flux(config, self._device, gradient_checkpointing=engine.gradient_checkpointing)
+        self._policy = load_policy(config, self._device, gradient_checkpointing=engine.gradient_checkpointing)
         if config.finetune.kind == "lora":
-            add_adapter(self._flux.transformer, config.finetune, config.seed)
-        num_trained = sum(each.numel() for each in self._flux.transformer.parameters() if each.requires_grad)
+            add_adapter(self._policy.transformer, config.finetune, config.seed)
+        num_trained = sum(each.numel() for each in self._policy.transformer.parameters() if each.requires_grad)
         self._log(lambda tracker: tracker.set_tag("num_trained_parameters", str(num_trained)))
         backwards = num_backwards(config)
-        self._engine = Engine.create(self._flux.transformer, config.optimizer, engine, backwards, dtype, config.ema)
-        shift = self._flux.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
+        self._engine = Engine.create(self._policy.transformer, config.optimizer, engine, backwards, dtype, config.ema)
+        self._policy = self._policy.calling(self._engine.transformer)
+        shift = self._policy.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
         self._held_out = held_out_images(config, shift)
 
     def _load_rewards(self) -> None:
@@ -121,7 +132,7 @@ class Worker:
             drawn.append((self._watch.pictures, len(self._watch.pictures.prompts)))
         for pictures, num_images in drawn:
             wanted += [pictures.prompts[index] for index in pictures.shard(num_images, *worker)]
-        self._encoded = encoder(config, self._flux, wanted)
+        self._encoded = encoder(config, self._policy, wanted)
 
     def resume(self) -> int:
         """The number of steps taken: 0, or the last checkpoint's where Ray Train has restarted the workers."""
@@ -136,9 +147,11 @@ class Worker:
 
     def warn(self) -> None:
         """Say, in print and as a tag, which prompts the encoders cut."""
-        if self._journal is None:
+        if self._recorder is None:
             return
-        if cut := self._flux.text.too_long(used_prompts(self.config), self.config.model.max_sequence_length):
+        if cut := describe_cut_prompts(
+            self._policy.text, used_prompts(self.config), self.config.model.max_sequence_length
+        ):
             print(f"warning: {cut}", flush=True)
             self._log(lambda tracker: tracker.set_tag("warning_long_prompts", cut))
 
@@ -168,9 +181,9 @@ class Worker:
     def record(self, step: int) -> None:
         """Print and log the mean over all workers; `step` counts the steps taken."""
         numbers = self.learner.numbers.mean_over_workers(self._device)
-        self.learner.numbers = StepNumbers()
+        self.learner.numbers = StepMetrics()
         self._total.add_seconds("steps", numbers["seconds_step"])
-        if self._journal is not None:
+        if self._recorder is not None:
             print(progress_line(step, self.config.num_steps, numbers), flush=True)
         self._log(lambda tracker: tracker.log_metrics(numbers, step))
 
@@ -203,7 +216,7 @@ class Worker:
         if reason is not None:
             self._log(lambda tracker: tracker.set_tag("stopped_by", reason))
         self._log(lambda tracker: tracker.set_tag("exported_step", str(step)))
-        if self._journal is not None:
+        if self._recorder is not None:
             print(f"guard: {reason or 'no rule was broken'}; the result is step {step}'s", flush=True)
         if step != self._watch.last_step:
             kept = {each.metrics["step"]: each.checkpoint for each in ray.train.get_all_reported_checkpoints()}
@@ -229,7 +242,7 @@ class Worker:
 
     def summarise(self) -> None:
         """Worker 0 writes before and after, as numbers and as a picture, and ends its record."""
-        if self._journal is None:
+        if self._recorder is None:
             return
         base, aligned = (Evaluation.load(self._evaluation_path(name)) for name in ("base", "aligned"))
         guard = self._watch and {"exported_step": self._watch.exported_step, "stopped_by": self._watch.broken_rule}
@@ -245,8 +258,8 @@ class Worker:
         shown = slice(self._num_grid_images)
         before_after(base.images[shown], aligned.images[shown], self._held_out.prompts[shown]).save(files[1])
         for file in files:
-            self._journal.log(partial(Tracker.log_file, path=file))
-        self._journal.close()
+            self._recorder.log(partial(Tracker.log_file, path=file))
+        self._recorder.close()
 
     def _save_checkpoint(self, step: int) -> None:
         with tempfile.TemporaryDirectory() as folder, self._total.timed("checkpoints"):
@@ -275,13 +288,13 @@ class Worker:
         return self._client.score(RewardRequest(images, pairs, scales, (WeightedReward(reward),), with_gradient))
 
     def _write_model(self, policy: nn.Module) -> None:
-        self._flux.save_pipeline(whole(policy, self.config.finetune), self._folder / "model")
+        self._policy.save_pipeline(whole(policy, self.config.finetune), self._folder / "model")
         if self.config.finetune.kind == "lora":
-            self._flux.save_adapter(*adapter(policy), self._folder / "adapter")
+            self._policy.save_adapter(*adapter(policy), self._folder / "adapter")
 
     def _draw(self, pictures: HeldOut, num_images: int) -> Tensor | None:
         with self._engine.averaged():
-            return pictures.draw(self._engine.policy, self._flux, self._encoded, num_images)
+            return pictures.draw(self._policy, self._encoded, num_images)
 
     def _judge(self, images: Tensor) -> dict[str, float]:
         prompts, batch = self._held_out.prompts, self.config.evaluation.batch
@@ -306,5 +319,5 @@ class Worker:
         return self._folder / f"{policy_name}.safetensors"
 
     def _log(self, write: Callable[[Tracker], None]) -> None:
-        if self._journal is not None:
-            self._journal.log(write)
+        if self._recorder is not None:
+            self._recorder.log(write)

@@ -2,7 +2,7 @@
 
     python -m deploy.bench_method.one_run TASK.json OUT_FOLDER
 
-The pieces are those of a training under Ray (FluxModel, Engine, the learner, Judges, Panel); the reward is scored in
+The pieces are those of a training under Ray (Policy, Engine, the learner, Judges, Panel); the reward is scored in
 this process by the service's own Scorer, so that its CPU-seconds count. OUT_FOLDER/NAME.json is written last.
 """
 
@@ -27,17 +27,17 @@ from safetensors.torch import save_file
 from deploy.bench_method.plan import Task
 from deploy.settings import ROOT, free_port
 from reward_server.models import ClipArgs
-from reward_server.scorer import Job, Scorer
+from reward_server.scoring.scorer import Job, Scorer
 from services.contract import ContractError, Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
-from trainer.baselines import make_learner
-from trainer.batches import open_batches
-from trainer.conditioning import encode_ahead
-from trainer.engine import Engine, init_distributed
-from trainer.evaluate import HeldOut, Judges, held_out_images, similarities
-from trainer.flux import FluxModel
-from trainer.learner import num_backwards
-from trainer.measure import Panel
-from trainer.record import StepNumbers, progress_line
+from trainer.algorithm.baselines import make_learner
+from trainer.algorithm.direct_align_learner import num_backwards
+from trainer.algorithm.step_metrics import StepMetrics, progress_line
+from trainer.data.batches import open_batches
+from trainer.data.conditioning import encode_ahead
+from trainer.evaluation.drawing import HeldOut, Judges, held_out_images, similarities
+from trainer.evaluation.measurements import Panel
+from trainer.model.engine import Engine, init_distributed
+from trainer.model.policy import Policy
 
 _REWARD_PATH = ROOT / "deploy" / "tiny" / "reward"
 
@@ -66,17 +66,17 @@ class Run:
     def __init__(self, task: Task) -> None:
         config = task.config
         self.task, self.cpu_s, self.num_steps = task, 0.0, 0
-        self._numbers, self._seconds = StepNumbers(), StepNumbers()
+        self._numbers, self._seconds = StepMetrics(), StepMetrics()
         self._device = init_distributed(use_gpu=False)
         self._reward = InProcess([reward.name for reward in config.rewards])
-        self._flux = FluxModel.load(config.model.path, torch.float32)
+        self._policy = Policy.load(config.model.path, torch.float32)
         self._engine = Engine.create(
-            self._flux.transformer, config.optimizer, config.engine, num_backwards(config), torch.float32
+            self._policy.transformer, config.optimizer, config.engine, num_backwards(config), torch.float32
         )
         self._pictures = self._held_out()
         prompts = [*(each.prompt for each in open_batches(config).located), *self._pictures.prompts]
-        self._encode = encode_ahead(self._flux, prompts, config.model.max_sequence_length)
-        self._learner = make_learner(config, self._engine, self._flux, self._reward, self._encode)
+        self._encode = encode_ahead(self._policy, prompts, config.model.max_sequence_length)
+        self._learner = make_learner(config, self._engine, self._policy, self._reward, self._encode)
         self._judges = self._load_judges()
         reward = partial(similarities, self._reward, config, config.rewards[0].name)
         self._panel = Panel({"reward": reward}, self._judges, None, config.evaluation.num_images_per_prompt)
@@ -94,7 +94,7 @@ class Run:
             self.num_steps += 1
             self._learner.numbers.add_seconds("step", time.perf_counter() - wall)
             numbers = self._learner.numbers.mean_over_workers(self._device)
-            self._learner.numbers = StepNumbers()
+            self._learner.numbers = StepMetrics()
             print(f"{self.cpu_s:6.1f} CPU-s ", progress_line(self.num_steps, 0, numbers), flush=True)
             if not math.isfinite(numbers["loss"]):
                 raise ValueError(f"step {self.num_steps}: the loss is {numbers['loss']}")
@@ -108,11 +108,11 @@ class Run:
         return numbers | {"judge_log_probability": float(log_probability.double().mean())}, images
 
     def _draw(self) -> torch.Tensor:
-        return self._pictures.draw_here(self._engine.policy, self._flux, self._encode)
+        return self._pictures.draw_here(self._policy, self._encode)
 
     def _held_out(self) -> HeldOut:
         model = self.task.config.model
-        shift = self._flux.resolve_shift(self.task.config.rollout.shift, model.height_px, model.width_px)
+        shift = self._policy.resolve_shift(self.task.config.rollout.shift, model.height_px, model.width_px)
         return held_out_images(self.task.config, shift)
 
     def _load_judges(self) -> Judges:

@@ -10,8 +10,8 @@ import yaml
 from pydantic import Field
 
 from deploy.settings import ROOT
-from services.config import RunConfig, StopRuleConfig
-from services.objective import Frozen, Positive, PositiveFloat, Word
+from services.config.objective import Frozen, Positive, PositiveFloat, Word
+from services.config.run import RunConfig, StopRuleConfig
 
 # judged once by the same process that trains: no Ray, no service, no guard
 _IN_ONE_PROCESS = {"guard": None, "engine": {"zero_stage": 0, "num_workers": 1}}

@@ -20,7 +20,7 @@ from torch import Tensor
 from deploy.bench_method.plan import Plan
 from deploy.bench_method.results import FIDELITY, LATTICE, Estimate, Result, Row, broken_rules, is_in_time
 from deploy.settings import ROOT
-from services.config import StopRuleConfig
+from services.config.run import StopRuleConfig
 
 _RESULTS = ROOT / "deploy" / "runs" / "results"
 _README, _LOG = ROOT / "README.md", ROOT / "deploy" / "runs" / "LOG.md"

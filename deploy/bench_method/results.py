@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from services.config import StopRuleConfig
-from trainer.stop_rules import Check, is_violated
+from services.config.run import StopRuleConfig
+from trainer.evaluation.stop_rules import Check, is_violated
 
 FIDELITY = "subject_top5"
 _LEAST_FIDELITY = 0.9  # of the base model's

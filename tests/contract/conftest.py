@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from starlette.types import ASGIApp
 
-from reward_server.limits import Limits
+from reward_server.http.limits import Limits
 from reward_server.models import ClipArgs
-from reward_server.worker import Worker, WorkerArgs
+from reward_server.scoring.worker import Worker, WorkerArgs
 from tests.serving import reward_app, serve_app
 from tests.tiny_models import make_tiny_clip
 

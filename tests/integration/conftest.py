@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from reward_server.limits import Limits
+from reward_server.http.limits import Limits
 from reward_server.models import ClipArgs
-from reward_server.worker import Worker, WorkerArgs
+from reward_server.scoring.worker import Worker, WorkerArgs
 from tests.browser import CHROMIUM, Open, Visit
 from tests.serving import reward_app, serve_app
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from services.config import RunConfig, load_run_config
-from trainer.evaluate import Judges
-from trainer.flux import FluxModel
-from trainer.prompt_files import load_prompts
-from trainer.rollout import Sampling, sample
+from services.config.run import RunConfig, load_run_config
+from trainer.algorithm.rollout import Sampling, sample
+from trainer.data.prompt_files import load_prompts
+from trainer.evaluation.drawing import Judges
+from trainer.model.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 25_000_000
@@ -76,12 +76,12 @@ def test_training_guard_and_report_have_prompts_of_their_own(run: RunConfig) -> 
 
 def test_trainer_draws_what_the_pipeline_draws_and_judges_tell_of_it(run: RunConfig) -> None:
     model, prompts = run.model, list(load_prompts(ROOT / run.evaluation.prompts_path, "prompt")[:2])
-    flux = FluxModel.load(str(ROOT / model.path), torch.float32)
+    flux = Policy.load(str(ROOT / model.path), torch.float32)
     size = model.height_px, model.width_px
     noise = flux.draw_noise([torch.Generator().manual_seed(seed) for seed in range(2)], *size)
     conditioning = flux.encode_prompts(prompts, model.max_sequence_length)
     shift = flux.resolve_shift(run.rollout.shift, *size)
-    clean = sample(flux.transformer, flux, conditioning, noise, Sampling(4, 3.5, shift, *size))
+    clean = sample(flux, conditioning, noise, Sampling(4, 3.5, shift, *size))
     ours = flux.decode_image(clean, *size)
     pipeline = FluxPipeline.from_pretrained(ROOT / model.path, dtype=torch.float32)
     theirs = pipeline(

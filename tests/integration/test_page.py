@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Route, expect
 
-from reward_server.limits import Limits
+from reward_server.http.limits import Limits
 from reward_server.models import AestheticArgs, ClipArgs
-from reward_server.worker import Worker, WorkerArgs
+from reward_server.scoring.worker import Worker, WorkerArgs
 from services.contract import SCORE_PATH
 from tests.browser import CHROMIUM, Open
 from tests.serving import reward_app, serve_app

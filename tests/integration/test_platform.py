@@ -26,8 +26,8 @@ import yaml
 from deploy.demo import demo, table
 from deploy.local import LocalServices, main
 from deploy.settings import ROOT, LocalError, Settings, free_port
-from services.jobs import ADDRESS_VARIABLES, Jobs, JobsError
-from services.tracking import Tracker
+from services.clients.jobs import ADDRESS_VARIABLES, Jobs, JobsError
+from services.clients.tracking import Tracker
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
 from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
@@ -98,7 +98,7 @@ def at(where: Settings) -> dict[str, Any]:
 
 
 def srpo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "services.cli", *arguments]
+    command = [sys.executable, "-m", "services.commands.main", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 

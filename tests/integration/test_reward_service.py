@@ -23,10 +23,12 @@ import yaml
 
 from deploy.local import LocalServices
 from deploy.settings import Settings, free_port
-from reward_server.combine import combine
 from reward_server.metrics import BATCH_IMAGES, IMAGES, REJECTS, TEXT_CACHE_HITS
 from reward_server.models import ClipArgs
-from reward_server.scorer import Job, Scorer
+from reward_server.scoring.combine import combine
+from reward_server.scoring.scorer import Job, Scorer
+from services.clients.jobs import request_headers
+from services.clients.reward import RewardClient, RewardRejected
 from services.contract import (
     MEDIA_TYPE,
     MODELS_PATH,
@@ -37,8 +39,6 @@ from services.contract import (
     RewardResponse,
     WeightedReward,
 )
-from services.jobs import request_headers
-from services.reward_client import RewardClient, RewardRejected
 from tests.tiny_models import make_tiny_clip
 
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"

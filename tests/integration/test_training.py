@@ -31,24 +31,24 @@ from safetensors.torch import load_file
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reward_server.models import ClipArgs
-from reward_server.worker import Worker, WorkerArgs
-from services.cli import main
-from services.config import load_run_config
+from reward_server.scoring.worker import Worker, WorkerArgs
+from services.clients.tracking import Tracker
+from services.commands.main import main
+from services.config.run import load_run_config
+from services.config.steering import ERROR_TAG, TAG
 from services.contract import REWARDS_PATH, RewardRequest
-from services.steering import ERROR_TAG, TAG
-from services.tracking import Tracker
 from tests.pictures import photo
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
 from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
-from trainer.captioned import DatasetError
-from trainer.conditioning import manifest_of
-from trainer.embeddings import prepare, write_shard
-from trainer.encode import encode, listed_images
-from trainer.evaluate import Evaluation, to_uint8
-from trainer.flux import load_text_encoders
-from trainer.prompts import evaluation_generator
+from trainer.data.captioned_images import DatasetError
+from trainer.data.conditioning import manifest_of
+from trainer.data.prompt_embeddings import prepare, write_shard
+from trainer.draws import evaluation_generator
+from trainer.evaluation.drawing import Evaluation, to_uint8
+from trainer.jobs.encode_images import encode, listed_images
+from trainer.model.loading import load_text_encoders
 
 pytestmark = pytest.mark.slow
 
@@ -302,7 +302,7 @@ def test_one_worker_with_other_micro_batches_and_stage_and_prompts_from_disk_is_
     changed(run_file, "prompts", embeddings_path="embeddings", shard_prompts=3)
     kept = begin_embeddings(run_file, bench.folder)
     written = kept.stat().st_mtime_ns
-    told = bench.finish(run_file, "trainer.embed")
+    told = bench.finish(run_file, "trainer.jobs.encode_prompts")
     assert f"{len(PROMPTS)} prompts, 2 of them embedded before" in told
     assert f"embedded {len(PROMPTS) - 2}/{len(PROMPTS) - 2} prompts" in told, "in shards of three"
     assert kept.stat().st_mtime_ns == written, "what was there is not made again"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 
 from tests.tiny_flux import make_tiny_flux
-from trainer.flux import FluxModel
+from trainer.model.policy import Policy
 
 settings.register_profile("patient", deadline=None)  # a busy machine takes its time; only wrong results fail
 settings.load_profile("patient")
@@ -21,5 +21,5 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def flux(flux_folder: Path) -> FluxModel:
-    return FluxModel.load(str(flux_folder), torch.float32)
+def flux(flux_folder: Path) -> Policy:
+    return Policy.load(str(flux_folder), torch.float32)

@@ -1,0 +1,1 @@
+"""The HTTP side of the reward service: routes, limits, errors, access."""

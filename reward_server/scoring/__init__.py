@@ -1,0 +1,1 @@
+"""Images and prompt pairs in, rewards and image gradients out."""

@@ -1,0 +1,276 @@
+"""Requests of many callers in, their answers out: group what fits into one forward, score, split again.
+
+    scorer = Scorer({"fluent-clip": ClipArgs(kind="clip", path="deploy/tiny/reward")})
+    (response,) = scorer.score([Job(request, "fluent-clip", request_id="1")])
+
+A job is scored by one reward; combine.py adds several up. Blocking and not thread-safe: whoever serves it gives it
+one thread (deployment.py).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reward_server.metrics import BATCH_IMAGES, IMAGES, Record, ignore, phase
+from reward_server.models import AnyArgs
+from reward_server.models.preprocess import as_float
+from reward_server.scoring.catalog import UnknownReward
+from reward_server.scoring.combine import NotFinite
+from reward_server.scoring.served import Prepared, ServedReward
+from reward_server.scoring.srp import value, value_for_gradient
+from services.contract import ContractError, Images, RewardRequest, RewardResponse
+
+Answer = RewardResponse | ContractError  # a caller's mistake is its own answer, not the end of the others' batch
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One caller's request to one of its rewards, with the id under which it is answered and logged."""
+
+    request: RewardRequest
+    reward: str
+    request_id: str
+
+    @property
+    def num_images(self) -> int:
+        return len(self.request.pairs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Images of one job, one size and one dtype: `first` is their place in the job."""
+
+    job: int
+    first: int
+    images: NDArray[Any]  # (batch, 3, height, width)
+    prepared: Sequence[Prepared]
+    preference_scales: Sequence[float]
+
+    def cut(self, start: int, end: int) -> _Part:
+        rows = slice(start, end)
+        return replace(
+            self,
+            images=self.images[rows],
+            prepared=self.prepared[rows],
+            preference_scales=self.preference_scales[rows],
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outcome:
+    """What became of a part, on the CPU: (batch,) three times, and the gradient in the shape of its images."""
+
+    first: int
+    rewards: Tensor
+    positive_similarities: Tensor
+    negative_similarities: Tensor
+    image_gradient: Tensor | None = None
+
+
+class Scorer:
+    """The rewards of this process, loaded: `rewards`, by name, in the order of the configuration."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, AnyArgs],
+        max_batch_images: int = 64,
+        num_cached_texts: int = 4096,
+        record: Record = ignore,
+    ) -> None:
+        self.rewards = {name: ServedReward(name, args, num_cached_texts, record) for name, args in rewards.items()}
+        self._max_batch_images = max_batch_images
+        self._record = record
+
+    def score(self, jobs: Sequence[Job]) -> list[Answer]:
+        """One answer per job, in order; weights are not applied, image gradients are float32.
+
+        Images of one size under one reward share forwards, whoever sent them and, where a gradient is asked for, in
+        whatever dtype. Without one, bytes stay bytes, for they are resized sooner (models/preprocess.py); mixed with
+        floats they would have to become floats, and a score would depend on who else asks.
+        """
+        outcomes: list[list[_Outcome] | ContractError] = [[] for _ in jobs]
+        for (name, with_gradient, *_), group in self._groups(jobs, outcomes).items():
+            scored = self._score_group(self.rewards[name], with_gradient, group)
+            for part, outcome in zip(group, scored, strict=True):
+                known = outcomes[part.job]
+                if isinstance(outcome, ContractError):
+                    outcomes[part.job] = outcome
+                elif isinstance(known, list):
+                    known.append(outcome)
+        return [
+            outcome if isinstance(outcome, ContractError) else self._answer(job, outcome)
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
+
+    def bytes_to_shrink(self, job: Job) -> int:
+        """How many it has that the reward's model would resize as such; 0: nothing to be done before its turn."""
+        reward, request = self.rewards.get(job.reward), job.request
+        if reward is None or request.with_gradient or reward.shrink is None:
+            return 0
+        return sum(image.nbytes for image in request.images if image.dtype == np.uint8)
+
+    def shrunk(self, job: Job) -> Job:
+        """A job that has `bytes_to_shrink`, with its bytes at the model's size; its answer stays the same.
+
+        From any thread: so that images are resized before the model's turn, and those of all sizes share forwards.
+        """
+        shrink, images = self.rewards[job.reward].shrink, job.request.images
+        assert shrink is not None
+        if isinstance(images, np.ndarray):
+            smaller: Images = shrink(_one_dtype([images])).numpy()
+        else:
+            smaller = tuple(
+                shrink(_one_dtype([each[None]])).numpy()[0] if each.dtype == np.uint8 else each for each in images
+            )
+        return replace(job, request=replace(job.request, images=smaller))
+
+    def _groups(
+        self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | ContractError]
+    ) -> dict[tuple[str, bool, bool, tuple[int, ...]], list[_Part]]:
+        """The parts that may share a forward; a job that cannot be scored at all gets its error as its outcome."""
+        groups = defaultdict(list)
+        for index, job in enumerate(jobs):
+            try:
+                prepared = self._reward(job.reward).prepare(job.request.pairs)
+            except ContractError as error:
+                outcomes[index] = error
+                continue
+            for part in _parts(index, job.request, prepared):
+                with_gradient = job.request.with_gradient
+                stay_bytes = part.images.dtype == np.uint8 and not with_gradient
+                groups[job.reward, with_gradient, stay_bytes, part.images.shape[1:]].append(part)
+        return groups
+
+    def _reward(self, name: str) -> ServedReward:
+        if name not in self.rewards:
+            raise UnknownReward(f"reward {name!r} is not served here; served: {', '.join(self.rewards)}")
+        return self.rewards[name]
+
+    def _score_group(
+        self, reward: ServedReward, with_gradient: bool, group: list[_Part]
+    ) -> Sequence[_Outcome | ContractError]:
+        """One outcome for each part; a forward is of at most max_batch_images views, or of one image."""
+        max_images = max(1, self._max_batch_images // reward.num_views)
+        try:
+            chunks = [self._score_chunk(reward, with_gradient, chunk) for chunk in _chunks(group, max_images)]
+        except ContractError as error:  # a text too long for a model that reads image and text together: whose is it?
+            jobs = [list(parts) for _, parts in groupby(group, key=lambda part: part.job)]
+            if len(jobs) == 1:
+                return [error] * len(group)
+            return [outcome for parts in jobs for outcome in self._score_group(reward, with_gradient, parts)]
+        sizes = [len(part.images) for part in group]
+        columns = [_cat(list(column)).split(sizes) for column in zip(*chunks, strict=True)]
+        return [_Outcome(part.first, *row) for part, row in zip(group, zip(*columns, strict=True), strict=True)]
+
+    def _score_chunk(self, reward: ServedReward, with_gradient: bool, chunk: list[_Part]) -> list[Tensor]:
+        """Rewards, positive and negative similarities, and the image gradient if asked for: of all the chunk's images.
+
+        They are on the CPU; getting them there waits for the device, so that the times are those of the work.
+        """
+        images = _joined([part.images for part in chunk], reward.device, stay_bytes=not with_gradient)
+        similarities = reward.similarities([each for part in chunk for each in part.prepared])
+        scales = torch.tensor([k for part in chunk for k in part.preference_scales], device=reward.device)
+        with phase(self._record, "forward"):
+            if with_gradient:
+                outcome, image_gradient = value_for_gradient(similarities, images, scales)
+            else:
+                outcome = value(similarities, images, scales)
+            rewards, positive = outcome.rewards.cpu(), outcome.positive_similarities.cpu()
+            columns = [rewards, positive, outcome.negative_similarities.cpu()]
+        if with_gradient:
+            with phase(self._record, "backward"):
+                columns.append(image_gradient().cpu())
+        self._record(IMAGES, len(images), {"reward": reward.name})
+        self._record(BATCH_IMAGES, len(images), {"reward": reward.name})
+        return columns
+
+    def _answer(self, job: Job, outcomes: list[_Outcome]) -> Answer:
+        outcomes = sorted(outcomes, key=lambda outcome: outcome.first)
+        for outcome in outcomes:
+            if (index := _first_not_finite(outcome)) is not None:
+                pair = job.request.pairs[outcome.first + index]
+                return NotFinite(
+                    f"images[{outcome.first + index}] has no finite {job.reward} reward or gradient under {pair}"
+                )
+        return RewardResponse(
+            rewards=_cat([each.rewards for each in outcomes]).numpy(),
+            positive_similarities=_cat([each.positive_similarities for each in outcomes]).numpy()[None],
+            negative_similarities=_cat([each.negative_similarities for each in outcomes]).numpy()[None],
+            image_gradient=_image_gradient(job.request, outcomes),
+            scorers=(self.rewards[job.reward].version,),
+            request_id=job.request_id,
+        )
+
+
+def _parts(index: int, request: RewardRequest, prepared: Sequence[Prepared]) -> list[_Part]:
+    """Stacked images stay together; mixed ones are one part each."""
+    if isinstance(request.images, np.ndarray):
+        return [_Part(index, 0, request.images, prepared, request.preference_scales)]
+    return [
+        _Part(index, first, image[None], prepared[first : first + 1], request.preference_scales[first : first + 1])
+        for first, image in enumerate(request.images)
+    ]
+
+
+def _chunks(group: list[_Part], max_images: int) -> Iterator[list[_Part]]:
+    """The group's images in order, max_images at a time."""
+    chunk: list[_Part] = []
+    free = max_images
+    for part in group:
+        start = 0
+        while start < len(part.images):
+            chunk.append(part.cut(start, start + free))
+            start += len(chunk[-1].images)
+            free -= len(chunk[-1].images)
+            if free == 0:
+                yield chunk
+                chunk, free = [], max_images
+    if chunk:
+        yield chunk
+
+
+def _joined(stacks: Sequence[NDArray[Any]], device: torch.device, stay_bytes: bool) -> Tensor:
+    """float32 in [0, 1] on the device, of all stacks, or bytes on the CPU where they may stay that and all are.
+
+    Joined as they are, since bytes are the least to copy.
+    """
+    by_dtype = [_one_dtype(list(group)) for _, group in groupby(stacks, key=lambda stack: stack.dtype)]
+    if stay_bytes and by_dtype[0].dtype == torch.uint8:
+        return by_dtype[0]  # the only one: bytes and floats were grouped apart
+    return _cat([as_float(tensor.to(device)).to(torch.float32) for tensor in by_dtype])
+
+
+def _one_dtype(stacks: list[NDArray[Any]]) -> Tensor:
+    joined = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
+    owned = joined if joined.flags.writeable else joined.copy()  # torch shares memory only with what may be written
+    return torch.from_numpy(owned)
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _image_gradient(request: RewardRequest, outcomes: list[_Outcome]) -> Images | None:
+    """In the layout of the request's images."""
+    gradients = [each.image_gradient.numpy() for each in outcomes if each.image_gradient is not None]
+    if not gradients:
+        return None
+    return gradients[0] if isinstance(request.images, np.ndarray) else tuple(gradient[0] for gradient in gradients)
+
+
+def _first_not_finite(outcome: _Outcome) -> int | None:
+    """The first image whose reward or gradient is not finite. A sum tells, in one pass over the gradient."""
+    checks = outcome.rewards
+    if outcome.image_gradient is not None:
+        checks = checks + outcome.image_gradient.sum(dim=(1, 2, 3))
+    bad = (~checks.isfinite()).nonzero()
+    return int(bad[0]) if len(bad) else None

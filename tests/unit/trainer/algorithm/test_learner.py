@@ -1,0 +1,284 @@
+"""A step is the same on any number of workers, for every micro-batch and ZeRO stage: its numbers and its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from services.config.run import RunConfig
+from services.contract import RewardResponse
+from tests.encoded import write_latents
+from tests.local_reward import LocalReward
+from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
+from tests.workers import in_workers
+from trainer.algorithm.rollout import Sampling, sample
+from trainer.data.conditioning import encoder, load_policy, manifest_of
+from trainer.data.prompt_embeddings import prepare, write_shard
+from trainer.model.loading import load_text_encoders
+from trainer.model.policy import Policy
+
+GLOBAL_BATCH = 4
+REWARDS = [
+    {"name": "tiny"},
+    {"name": "red", "weight": 0.5, "margin": 0.4, "control_words": {"positive": "Red", "negative": "Blue"}},
+    {"name": "beauty", "weight": 2.0, "pair": "noised_image"},
+]
+DISCOUNT = {"kind": "cosine", "start": 0.5, "end": 1.5}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "everything": {
+        "num_injections": 2,
+        "injection_noise": "fresh",
+        "discount": DISCOUNT,
+        "recovery_weight": "normalised",
+    },
+    "updates": {"num_injections": 3, "update_per_injection": True, "branches": ["invert"]},
+}
+BASELINES: dict[str, dict[str, Any]] = {
+    "refl": {"kind": "refl", "late_share": 1.0},
+    "draft_lv": {"kind": "draft_lv"},
+    "grpo": {"kind": "grpo", "group_size": 3, "num_trained_steps": 2, "num_updates": 2, "clip_range": 1.0},
+}
+SIZES = [(HEIGHT_PX, WIDTH_PX), (WIDTH_PX, HEIGHT_PX)]
+STEP = 3
+CLOSE = 1e-5  # of the largest gradient
+# workers, micro_batch, stage; the first is what the others must equal
+LAYOUTS = [(1, 4, 0), (1, 1, 2), (2, 1, 0), (2, 2, 1), (2, 1, 2), (2, 2, 3), (2, 1, 3)]
+BASELINE_LAYOUTS = [LAYOUTS[0], LAYOUTS[1], (2, 1, 2), LAYOUTS[-1]]
+# steps of several sizes; "offline" has images of a dataset in place of rollouts
+OTHER_SOURCES = ["sizes", "offline"]
+PLACES = [
+    *((name, layout) for name in OBJECTIVES for layout in LAYOUTS),
+    *((name, layout) for name in BASELINES for layout in BASELINE_LAYOUTS),
+    *((name, layout) for name in OTHER_SOURCES for layout in (LAYOUTS[0], (2, 1, 2))),
+    ("embedded", LAYOUTS[0]),
+]
+
+Layout = tuple[int, int, int]
+Result = tuple[dict[str, float], dict[str, Tensor]]
+
+
+def make_run(folder: Path, name: str, num_workers: int, micro_batch: int, zero_stage: int) -> RunConfig:
+    """For one step. AdamW with so large an epsilon moves a weight by 100 times its gradient: float32 shows it well."""
+    objective = {"kind": "srp"} if name in BASELINES else OBJECTIVES.get(name, {})
+    size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    sizes = SIZES if name in OTHER_SOURCES else []
+    source: dict[str, Any] = {"prompts": {"path": folder / "prompts.txt"}}
+    if name == "embedded":
+        source["prompts"]["embeddings_path"] = folder / "embeddings"
+    if name == "offline":
+        source = {"dataset": {"path": folder / "images", "latents_path": folder / "latents"}}
+    engine = {"num_workers": num_workers, "micro_batch": micro_batch, "zero_stage": zero_stage}
+    run = {
+        "name": "step",
+        "num_steps": STEP + 1,
+        "model": {"path": str(folder / "flux"), **size, "sizes": sizes},
+        **source,
+        "control_words": {"positive": "3D", "negative": "Flat"},
+        "rollout": {"num_steps": 5 if name in BASELINES else 2},
+        "method": BASELINES.get(name, {"kind": "direct_align"}),
+        "objective": objective,
+        "rewards": REWARDS if objective else REWARDS[:1],
+        "optimizer": {"learning_rate": 1e5, "epsilon": 1e3, "weight_decay": 0.0, "max_grad_norm": 1e6},
+        "engine": engine | {"global_batch": GLOBAL_BATCH},
+        "evaluation": {"prompts_path": folder / "prompts.txt"},
+    }
+    return RunConfig.model_validate(run)
+
+
+def score(name: str, *asked: Any) -> RewardResponse:
+    return LocalReward(reads_text=name != "beauty")(name, *asked)
+
+
+def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
+    """A training step of each run; worker 0 writes its numbers and the weights after it."""
+    from trainer.algorithm.baselines import make_learner
+    from trainer.algorithm.direct_align_learner import num_backwards
+    from trainer.model.engine import Engine, init_distributed
+
+    device = init_distributed(use_gpu=False)
+    for run, path in runs:
+        flux = load_policy(run, device)
+        engine = Engine.create(flux.transformer, run.optimizer, run.engine, num_backwards(run), torch.float32)
+        calls: list[object] = []
+        flux.transformer.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        learner = make_learner(run, engine, flux, score, encoder(run, flux, PROMPTS))
+        for materials in learner.roll_out(STEP):
+            assert bool(calls) == (run.dataset is None), "rolled out, or read"
+            for material in materials:
+                learner.learn(material)
+            learner.update()
+        require_equal(len(calls))
+        numbers = learner.numbers.mean_over_workers(device)
+        engine.export(lambda policy, path=path, numbers=numbers: torch.save((numbers, policy.state_dict()), path))  # type: ignore[misc]
+
+
+def require_equal(num_forwards: int) -> None:
+    """On all workers: stage 3 needs it, and says nothing where sharing the weights happens to go well."""
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, num_forwards)
+    assert len(set(counts)) == 1, counts
+
+
+def write_drawn_images(folder: Path) -> None:
+    """A dataset of images that the model itself has drawn."""
+    flux = Policy.load(str(folder / "flux"), torch.float32)
+    buckets = {}
+    for size in SIZES:
+        noise = flux.draw_noise([torch.Generator().manual_seed(index) for index in range(len(PROMPTS))], *size)
+        conditioning = flux.encode_prompts(PROMPTS, MAX_SEQUENCE_LENGTH)
+        with torch.no_grad():
+            drawn = sample(flux, conditioning, noise, Sampling(2, 1.0, 3.0, *size))
+            buckets[size] = flux.encode_image(flux.decode_image(drawn, *size)), PROMPTS
+    write_latents(folder / "latents", folder / "flux", folder / "images", buckets)
+
+
+@pytest.fixture(scope="module")
+def results(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], Result]:
+    folder = tmp_path_factory.mktemp("step")
+    (folder / "flux").symlink_to(flux_folder)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    write_drawn_images(folder)
+    runs = {(name, layout): make_run(folder, name, *layout) for name, layout in PLACES}
+    embed(runs["embedded", LAYOUTS[0]])
+    paths = {place: folder / f"{number}.pt" for number, place in enumerate(runs)}
+    for num_workers in (1, 2):
+        places = [place for place in runs if place[1][0] == num_workers]
+        in_workers(num_workers, take_steps, [(runs[place], paths[place]) for place in places])
+    return {place: torch.load(path) for place, path in paths.items()}
+
+
+def embed(run: RunConfig) -> None:
+    """As `srpo embed` does, in shards that no micro-batch equals."""
+    folder, source = run.prompts.embeddings_path, Path(run.model.path)
+    assert folder is not None
+    prepare(folder, manifest_of(run, source))
+    text = load_text_encoders(str(source), torch.float32)
+    for prompts in (PROMPTS[:3], PROMPTS[3:]):
+        write_shard(folder, prompts, text.encode_prompts(prompts, MAX_SEQUENCE_LENGTH))
+
+
+@pytest.mark.parametrize(("name", "layout"), [place for place in PLACES if place[1] != LAYOUTS[0]], ids=str)
+def test_a_step_is_the_same_in_every_layout(
+    results: dict[tuple[str, Layout], Result], name: str, layout: Layout, flux: Any
+) -> None:
+    numbers, weights = results[name, layout]
+    expected_numbers, expected_weights = results[name, LAYOUTS[0]]
+    assert numbers.keys() == expected_numbers.keys()
+    for key in (key for key in numbers if not key.startswith("seconds_")):
+        is_norm = key == "grad_norm"
+        assert numbers[key] == pytest.approx(expected_numbers[key], abs=0 if is_norm else 1e-5, rel=1e-5), key
+    start = flux.transformer.state_dict()
+    moved, expected = ({key: each[key] - start[key] for key in start} for each in (weights, expected_weights))
+    largest = max(each.abs().max() for each in expected.values())
+    assert largest > 1e-2, "the gradient shows"
+    close = 3 * CLOSE if name == "grpo" else CLOSE  # an advantage divides by how little the rewards of a group differ
+    torch.testing.assert_close(moved, expected, rtol=0, atol=close * float(largest))
+
+
+def test_a_step_with_embeddings_from_disk_is_the_same_to_the_last_bit(
+    results: dict[tuple[str, Layout], Result],
+) -> None:
+    (numbers, weights), (expected_numbers, expected_weights) = (
+        results[name, LAYOUTS[0]] for name in ("embedded", "default")
+    )
+    for key in (key for key in numbers if not key.startswith("seconds_")):
+        assert numbers[key] == expected_numbers[key], key
+    assert all(weight.equal(expected_weights[name]) for name, weight in weights.items())
+
+
+def not_a_number(name: str, *asked: Any) -> RewardResponse:
+    response = score(name, *asked)
+    return replace(response, rewards=response.rewards * math.nan)
+
+
+def far_below_zero(name: str, *asked: Any) -> RewardResponse:
+    """Finite, but no sum of it is."""
+    response = score(name, *asked)
+    return replace(response, rewards=np.full_like(response.rewards, -3e38))
+
+
+def steep(name: str, *asked: Any) -> RewardResponse:
+    response = score(name, *asked)
+    assert isinstance(response.image_gradient, np.ndarray)
+    return replace(response, image_gradient=np.full_like(response.image_gradient, 1e38))
+
+
+def break_steps(rank: int, runs: Sequence[RunConfig], too_wide: RunConfig) -> None:
+    from trainer.model.engine import init_distributed
+
+    init_distributed(use_gpu=False)
+    refuse_delta_sigma(too_wide)
+    for run in runs:
+        break_step(rank, run)
+
+
+def break_step(rank: int, run: RunConfig) -> None:
+    """A reward, a loss, a gradient and a model that are not finite: each is named, with its step."""
+    from trainer.algorithm.baselines import make_learner
+    from trainer.algorithm.direct_align_learner import num_backwards
+    from trainer.algorithm.learner import StepError
+    from trainer.model.engine import Engine
+
+    flux = Policy.load(run.model.path, torch.float32)
+    engine = Engine.create(flux.transformer, run.optimizer, run.engine, num_backwards(run), torch.float32)
+    encode = partial(flux.encode_prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
+
+    def step(judge: Any) -> None:
+        learner = make_learner(run, engine, flux, judge, encode)
+        for materials in learner.roll_out(STEP):
+            for material in materials:
+                learner.learn(material)
+            learner.update()
+
+    where, branch = rf"^step 4, worker {rank}, prompts '[^']+'", "branch denoise"
+    if run.method.kind == "direct_align":
+        found, loss = f"{where}, {branch}", f"the loss of {branch}"
+    else:
+        found, loss = where, "the loss"
+    with pytest.raises(StepError, match=rf"{found}: reward \('tiny',\) answered non-finite numbers"):
+        step(not_a_number)
+    with pytest.raises(StepError, match=rf"{where}: {loss} is not finite"):
+        step(far_below_zero)
+    if run.method.kind != "grpo":  # it asks for no gradient
+        with pytest.raises(StepError, match=r"^step 4: the gradient's norm over all workers is (inf|nan)"):
+            step(steep)
+    for parameter in flux.transformer.parameters():
+        torch.nn.init.constant_(parameter, math.nan)
+    with pytest.raises(StepError, match=rf"{where}: a (clean|late) latent is not finite"):
+        step(score)
+
+
+def refuse_delta_sigma(run: RunConfig) -> None:
+    """The workers alone know a dynamic shift, which is the model's."""
+    from trainer.algorithm.baselines import make_learner
+
+    flux = Policy.load(run.model.path, torch.float32)
+    with pytest.raises(ValueError, match=r"objective\.delta_sigma 0\.5 is larger than the range of sigma, \[0\."):
+        make_learner(run, None, flux, score, None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def folder(flux_folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "flux").symlink_to(flux_folder)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    return tmp_path
+
+
+def test_what_would_train_noise_is_named_with_its_step_in_every_method(folder: Path) -> None:
+    """And Δσ with no room under a dynamic shift, in the same worker, as one takes long to start."""
+    run = make_run(folder, "default", 1, 1, 0)
+    objective = run.objective.model_copy(update={"delta_sigma": 0.5})
+    rollout = run.rollout.model_copy(update={"shift": "dynamic"})
+    too_wide = run.model_copy(update={"objective": objective, "rollout": rollout})
+    in_workers(1, break_steps, [make_run(folder, name, 1, 1, 0) for name in ("everything", *BASELINES)], too_wide)

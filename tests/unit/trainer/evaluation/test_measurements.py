@@ -1,0 +1,91 @@
+"""A panel's numbers are means and set statistics of what it saw of each picture, for all rows or any draw of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from tests.tiny_judges import make_tiny_judges
+from trainer.evaluation.drawing import Judges
+from trainer.evaluation.measurements import Panel, metric_names, picture_files, read_pictures
+
+PROMPTS = ("cat", "cat", "dog", "dog", "key", "key")
+STYLES = ("3D", "Flat")
+
+
+def painted(seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def redness(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    red = images[:, 0].double().mean(dim=(1, 2)) / 255
+    return red, 1 - red
+
+
+@pytest.fixture
+def panel(tmp_path: Path) -> Panel:
+    folder = make_tiny_judges(tmp_path, STYLES, sorted(set(PROMPTS)), painted()[:3])
+    return Panel({"reward": redness}, Judges.load(folder, torch.device("cpu")), None, num_images_per_prompt=2)
+
+
+def test_numbers_are_those_announced_and_the_judges_own(panel: Panel, tmp_path: Path) -> None:
+    seen = panel.observe(painted(), PROMPTS)
+    numbers = panel.numbers(seen)
+    assert set(numbers) == metric_names(["reward"], tmp_path, None, num_images_per_prompt=2)
+    alone = Judges.load(tmp_path, torch.device("cpu")).numbers(painted(), PROMPTS, batch=4)
+    assert {f"eval/{name}": numbers[name] for name in ("frechet_3D", "frechet_Flat", "subject_top5")} == pytest.approx(
+        {name: alone[name] for name in alone if "share" not in name}
+    )
+    assert numbers["common_mode"] == pytest.approx(0.5)
+    assert numbers["reward"] == pytest.approx(2 * float(painted()[:, 0].double().mean()) / 255 - 1)
+
+
+def test_any_rows_give_the_numbers_of_just_these_pictures(panel: Panel) -> None:
+    rows = torch.tensor([4, 5, 0, 1, 4, 5])
+    drawn = panel.numbers(panel.observe(painted(), PROMPTS).rows(rows))
+    fresh = panel.numbers(panel.observe(painted()[rows], [PROMPTS[row] for row in rows]))
+    candidates_differ = {"subject_top5"}  # it is sought among the prompts that are evaluated
+    for name in drawn.keys() - candidates_differ:
+        assert drawn[name] == pytest.approx(fresh[name]), name
+
+
+def test_distances_are_to_the_base_models_picture_of_the_same_row(panel: Panel) -> None:
+    base = panel.observe(painted(), PROMPTS)
+    same, other = panel.observe(painted(), PROMPTS, base), panel.observe(255 - painted(), PROMPTS, base)
+    assert panel.numbers(same)["base_pixel_distance"] == panel.numbers(same)["base_feature_distance"] == 0
+    expected = float((255 - 2 * painted().double()).abs().mean() / 255)
+    assert panel.numbers(other)["base_pixel_distance"] == pytest.approx(expected)
+    assert panel.numbers(other)["base_feature_distance"] > 0
+
+
+def test_the_same_picture_for_every_seed_or_prompt_has_no_diversity(panel: Panel) -> None:
+    per_prompt = painted()[[0, 0, 1, 1, 2, 2]]
+    numbers = panel.numbers(panel.observe(per_prompt, PROMPTS))
+    assert numbers["diversity_seeds"] < 1e-6 < numbers["diversity_prompts"]
+    numbers = panel.numbers(panel.observe(painted()[[0, 1, 0, 1, 0, 1]], PROMPTS))
+    assert numbers["diversity_prompts"] < 1e-6 < numbers["diversity_seeds"]
+
+
+def test_a_folder_of_real_pictures_is_a_distance_of_its_own(tmp_path: Path) -> None:
+    for index, image in enumerate(painted()):
+        to_pil_image(image).save(tmp_path / f"{index}.png")
+    panel = Panel({}, None, tmp_path, num_images_per_prompt=1)
+    near, far = (panel.numbers(panel.observe(images, PROMPTS)) for images in (painted(), painted() // 2))
+    assert near["frechet_reference"] == pytest.approx(0, abs=1e-6)
+    assert far["frechet_reference"] > 0.1
+    assert torch.equal(read_pictures(tmp_path, 16, 16), painted())
+
+
+def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_text("no picture", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.png is not a picture"):
+        read_pictures(tmp_path, 16, 16)
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError, match="has 1 PNG"):
+        picture_files(tmp_path)

@@ -1,0 +1,181 @@
+"""A comparison on the real classes at tiny sizes: base, an unchanged model and a changed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from reward_server.models import ClipArgs
+from reward_server.scoring.worker import Worker, WorkerArgs
+from services.config.finetune import FinetuneConfig
+from services.config.run import EngineConfig, OptimizerConfig, load_run_config
+from tests.serving import reward_app, serve_app
+from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
+from tests.tiny_models import make_tiny_clip
+from tests.workers import in_workers
+from trainer.jobs.evaluate import CompareError, main, named_folders
+from trainer.model.lora import add_adapter, whole
+from trainer.model.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def reward_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    clips = {name: tmp_path_factory.mktemp("clip") for name in ("trained", "held_out")}
+    kinds = {
+        name: ClipArgs(kind="clip", path=str(make_tiny_clip(clip, seed=len(name)))) for name, clip in clips.items()
+    }
+    with serve_app(reward_app(Worker(kinds, WorkerArgs()))) as url:
+        yield url
+
+
+@pytest.fixture
+def run_file(flux_folder: Path, reward_url: str, tmp_path: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:4]), encoding="utf-8")
+    size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
+    run: dict[str, Any] = {
+        "name": "tiny",
+        "num_steps": 1,
+        "output_dir": str(tmp_path / "outputs"),
+        "model": {"path": str(flux_folder), **size},
+        "prompts": {"path": str(tmp_path / "prompts.txt")},
+        "control_words": {"positive": "3D", "negative": "Flat"},
+        "rewards": [{"name": "trained"}],
+        "reward_service": {"url": reward_url},
+        "optimizer": {"learning_rate": 1e-3},
+        "evaluation": {"prompts_path": str(tmp_path / "prompts.txt"), "num_steps": 2, "batch": 3},
+        "comparison": {"num_images_per_prompt": 2, "num_draws": 50},
+        "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run), encoding="utf-8")
+    return path
+
+
+def changed(flux_folder: Path, folder: Path) -> Path:
+    """The model with other weights in its last layer."""
+    shutil.copytree(flux_folder, folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.weight"] = weights["proj_out.weight"] + 0.3 * torch.ones_like(weights["proj_out.weight"])
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_base_and_others_get_numbers_with_intervals_a_report_and_a_record(
+    run_file: Path, flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # MLflow lays artifacts beside
+    other = changed(flux_folder, tmp_path / "other")
+    assert main([str(run_file), f"same={flux_folder}", str(other)]) == 0
+    folder = tmp_path / "outputs" / "tiny" / "comparison"
+    numbers = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+    assert list(numbers) == ["base", "same", "other"]
+    for name in ("reward_trained", "reward_held_out", "saturation", "diversity_seeds", "base_pixel_distance"):
+        value, difference = numbers["other"][name]["value"], numbers["other"][name]["difference"]
+        assert value["low"] <= value["value"] <= value["high"]
+        assert difference["value"] == pytest.approx(value["value"] - numbers["base"][name]["value"]["value"])
+        same = numbers["same"][name]["difference"]
+        assert (same["low"], same["value"], same["high"]) == pytest.approx((0, 0, 0), abs=1e-6)
+    assert numbers["other"]["base_pixel_distance"]["difference"]["low"] > 0
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert report.count("data:image/png;base64,") == 3 * 4 * 2
+    assert "The run trains on trained" in report
+    client = mlflow.MlflowClient(load_run_config(run_file).tracking.uri)
+    (record,) = client.search_runs([client.get_experiment_by_name("srpo").experiment_id])
+    assert record.info.status == "FINISHED"
+    assert record.data.metrics["other/saturation"] == pytest.approx(numbers["other"]["saturation"]["value"]["value"])
+    assert {"other/saturation_low", "other/saturation_difference_high"} <= set(record.data.metrics)
+    assert {item.path for item in client.list_artifacts(record.info.run_id)} == {"report.html", "numbers.json"}
+
+
+def save_policy(rank: int, flux_folder: Path, finetune: FinetuneConfig, zero_stage: Any, folder: Path) -> None:
+    """A policy that has moved, as the training keeps it and as it exports it."""
+    from trainer.model.engine import Engine, init_distributed
+
+    init_distributed(use_gpu=False)
+    flux = Policy.load(str(flux_folder), torch.float32)
+    if finetune.kind == "lora":
+        add_adapter(flux.transformer, finetune, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in flux.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    optimizer, layout = OptimizerConfig(learning_rate=1e-3), EngineConfig(zero_stage=zero_stage)
+    engine = Engine.create(flux.transformer, optimizer, layout, 1, torch.float32)
+    engine.save(folder / "checkpoint", step=1)
+    engine.export(lambda policy: flux.save_pipeline(whole(policy, finetune), folder / "model"))
+
+
+@pytest.mark.parametrize(("finetune", "zero_stage"), [({"kind": "full"}, 3), ({"kind": "lora", "rank": 2}, 2)])
+def test_a_checkpoint_draws_what_its_exported_model_draws_whatever_was_looked_at_before(
+    run_file: Path,
+    flux_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    finetune: dict[str, Any],
+    zero_stage: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    run_file.write_text(yaml.safe_dump(run | {"finetune": finetune}), encoding="utf-8")
+    in_workers(1, save_policy, flux_folder, FinetuneConfig.model_validate(finetune), zero_stage, tmp_path)
+    changed(flux_folder, tmp_path / "other")
+    assert main([str(run_file), "other", "checkpoint", "model"]) == 0
+    numbers = json.loads((tmp_path / "outputs/tiny/comparison/numbers.json").read_text(encoding="utf-8"))
+    of_checkpoint, of_model, of_other = (numbers[name] for name in ("checkpoint", "model", "other"))
+    for name, number in of_model.items():
+        assert of_checkpoint[name]["value"]["value"] == pytest.approx(number["value"]["value"], rel=1e-3, abs=1e-4), (
+            name
+        )
+    distances = [each["base_pixel_distance"]["value"]["value"] for each in (of_checkpoint, of_other)]
+    assert min(distances) > 1e-3
+    assert distances[0] != pytest.approx(distances[1], rel=0.05), "they can be told apart"
+
+
+def test_what_is_not_there_is_named_in_one_line(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_file)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "outputs/tiny/model is neither a model folder nor a checkpoint" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["other", "code"])
+def test_a_checkpoint_that_is_not_the_runs_is_refused_and_no_code_in_it_is_run(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint" / "policy").mkdir(parents=True)
+    module = {"x": torch.ones(1)} if damage == "other" else {"x": Trap(tmp_path / "sprung")}
+    torch.save({"module": module}, tmp_path / "checkpoint" / "policy" / "mp_rank_00_model_states.pt")
+    assert main([str(run_file), "checkpoint"]) == 1
+    assert "checkpoint is no checkpoint of this run" in capsys.readouterr().err
+    assert not (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Pickled, it makes a folder where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)  # a plain function, as an attacker would take one
+
+
+def test_two_policies_of_one_name_are_refused(flux_folder: Path) -> None:
+    with pytest.raises(CompareError, match=r"two policies are called 'base'"):
+        named_folders([f"base={flux_folder}"])
+    with pytest.raises(CompareError, match=flux_folder.name):
+        named_folders([str(flux_folder), str(flux_folder)])

@@ -1,0 +1,146 @@
+"""An adapter computes what its merged model and diffusers' own pipeline compute, trains alike in every ZeRO stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from services.config.finetune import EmaConfig, FinetuneConfig
+from services.config.run import EngineConfig, OptimizerConfig
+from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
+from tests.workers import in_workers
+from trainer.model.lora import adapter, add_adapter, whole, whole_weights
+from trainer.model.policy import Policy
+
+NUM_WORKERS = 2
+SIZE = HEIGHT_PX, WIDTH_PX
+LORA = FinetuneConfig(kind="lora", rank=2, alpha=6.0)
+# AdamW with so large an epsilon moves a weight by lr times its gradient
+OPTIMIZER = OptimizerConfig(learning_rate=1e4, epsilon=1e3, weight_decay=0, max_grad_norm=1e6)
+
+
+def adapted(folder: Path, seed: int = 0) -> Policy:
+    flux = Policy.load(str(folder), torch.float32)
+    add_adapter(flux.transformer, LORA, seed)
+    return flux
+
+
+def velocity(flux: Policy, transformer: nn.Module, index: int) -> Tensor:
+    noise = flux.draw_noise([torch.Generator().manual_seed(index)], *SIZE)
+    conditioning = flux.encode_prompts(PROMPTS[index : index + 1], MAX_SEQUENCE_LENGTH)
+    return flux.calling(transformer).predict_velocity(noise, torch.tensor(0.8), conditioning, 3.5, *SIZE)
+
+
+def trained_at_random(flux: Policy) -> None:
+    with torch.no_grad():
+        for parameter in flux.transformer.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+
+
+def drawn(pipeline: Any) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"height": HEIGHT_PX, "width": WIDTH_PX, "num_inference_steps": 2, "output_type": "pt"}
+    generator = [torch.Generator().manual_seed(0)]
+    images: Tensor = pipeline(
+        PROMPTS[0], generator=generator, max_sequence_length=MAX_SEQUENCE_LENGTH, **settings
+    ).images
+    return images
+
+
+def test_an_untrained_adapter_changes_nothing_and_only_it_is_trained(flux: Policy, flux_folder: Path) -> None:
+    ours = adapted(flux_folder)
+    expected = velocity(flux, flux.transformer, 0)
+    torch.testing.assert_close(velocity(ours, ours.transformer, 0), expected, rtol=0, atol=1e-6)
+    trained = {name for name, parameter in ours.transformer.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    again, other = adapter(adapted(flux_folder).transformer)[0], adapter(adapted(flux_folder, seed=1).transformer)[0]
+    down = "transformer_blocks.0.attn.to_q.lora_A.weight"
+    assert adapter(ours.transformer)[0][down].equal(again[down])
+    assert not again[down].equal(other[down])
+
+
+def test_adapter_in_diffusers_pipeline_draws_what_the_merged_model_draws(flux_folder: Path, tmp_path: Path) -> None:
+    ours = adapted(flux_folder)
+    trained_at_random(ours)
+    merged = whole(ours.transformer, LORA)
+    torch.testing.assert_close(velocity(ours, merged, 0), velocity(ours, ours.transformer, 0), rtol=0, atol=1e-4)
+    ours.save_adapter(*adapter(ours.transformer), tmp_path / "adapter")
+    ours.save_pipeline(merged, tmp_path / "model")
+    pipeline = FluxPipeline.from_pretrained(flux_folder)
+    base = drawn(pipeline)
+    pipeline.load_lora_weights(tmp_path / "adapter")
+    images = drawn(pipeline)
+    torch.testing.assert_close(images, drawn(FluxPipeline.from_pretrained(tmp_path / "model")), rtol=0, atol=1e-4)
+    assert (images - base).abs().max() > 1e-2
+
+
+def test_a_target_that_is_no_layer_is_named_with_those_that_are(flux_folder: Path) -> None:
+    flux = Policy.load(str(flux_folder), torch.float32)
+    wrong = FinetuneConfig(kind="lora", target_modules=("attn.to_q", "attn.to_z"))
+    with pytest.raises(
+        ValueError, match=r"finetune.target_modules 'attn.to_z' is no linear .* attn.add_k_proj.*proj_out"
+    ):
+        add_adapter(flux.transformer, wrong, seed=0)
+
+
+def test_an_adapter_of_another_run_is_refused(flux_folder: Path) -> None:
+    weights = adapted(flux_folder).transformer.state_dict()
+    for other, told in ((FinetuneConfig(), "kind full"), (FinetuneConfig(kind="lora", rank=3), "rank 3")):
+        with pytest.raises(ValueError, match=rf"an adapter of rank 2; the run file says finetune.{told}"):
+            whole_weights(weights, other)
+
+
+def check_stages(rank: int, flux_folder: Path, folder: Path) -> None:
+    for stage in (0, 1, 2, 3):
+        check_stage(rank, stage, flux_folder, folder)
+
+
+def check_stage(rank: int, stage: int, flux_folder: Path, folder: Path) -> None:
+    """Two steps, a checkpoint, and a third step by an engine that resumed; its whole weights, and the checkpoint's."""
+    from trainer.model.engine import Engine, checkpoint_weights, init_distributed
+
+    init_distributed(use_gpu=False)
+    config = EngineConfig(zero_stage=stage, num_workers=NUM_WORKERS, global_batch=NUM_WORKERS)  # type: ignore[arg-type]
+
+    def start() -> tuple[Policy, Engine]:
+        flux = adapted(flux_folder)
+        return flux, Engine.create(flux.transformer, OPTIMIZER, config, 1, torch.float32, EmaConfig(decay=0.5))
+
+    def step(flux: Policy, engine: Engine) -> None:
+        engine.backward(velocity(flux, engine.transformer, rank).square().mean())
+        engine.step()
+
+    flux, engine = start()
+    for _ in range(2):
+        step(flux, engine)
+    engine.save(folder / f"{stage}", step=2)
+    engine.export(lambda policy: torch.save(whole(policy, LORA).state_dict(), folder / f"{stage}-2.pt"))
+    flux, engine = start()
+    engine.load(folder / f"{stage}")
+    step(flux, engine)
+    engine.export(lambda policy: torch.save(whole(policy, LORA).state_dict(), folder / f"{stage}-3.pt"))
+    if rank == 0:
+        weights = checkpoint_weights(folder / f"{stage}")
+        assert all(".lora_" in name for name in weights), "the adapter alone"
+        plain = Policy.load(str(flux_folder), torch.float32).transformer.state_dict()
+        torch.save(whole_weights(plain | weights, LORA), folder / f"{stage}-2-checkpoint.pt")
+
+
+def test_an_adapter_trains_alike_in_every_stage_through_resume_and_export(flux_folder: Path, tmp_path: Path) -> None:
+    in_workers(NUM_WORKERS, check_stages, flux_folder, tmp_path)
+    start = Policy.load(str(flux_folder), torch.float32).transformer.state_dict()
+    expected = {step: torch.load(tmp_path / f"0-{step}.pt") for step in (2, 3)}
+    moved = [max((expected[step][name] - start[name]).abs().max() for name in start) for step in (2, 3)]
+    assert moved[1] > moved[0] > 1e-3, "the steps show"
+    for stage in (0, 1, 2, 3):
+        for step in (2, 3):
+            torch.testing.assert_close(torch.load(tmp_path / f"{stage}-{step}.pt"), expected[step], rtol=0, atol=1e-5)
+        of_checkpoint = torch.load(tmp_path / f"{stage}-2-checkpoint.pt")
+        torch.testing.assert_close(of_checkpoint, dict(expected[2]), rtol=0, atol=1e-5)

@@ -1,0 +1,1 @@
+"""From prompts to a loss: rollouts, Direct-Align, its baselines."""

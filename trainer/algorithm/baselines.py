@@ -1,0 +1,181 @@
+"""ReFL, DRaFT-LV and GRPO with the learner's verbs, to be set beside Direct-Align on equal terms.
+
+learner = make_learner(config, engine, policy, score, encode)  # for any run; method.kind chooses
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from services.config.method import DraftLvMethod, GrpoMethod, ReflMethod
+from services.config.objective import RewardConfig
+from services.config.run import RunConfig
+from trainer.algorithm.direct_align_learner import Learner
+from trainer.algorithm.grpo import NoisyRollout, NoisyStep, clipped_loss, group_advantages, log_ratio, roll_out_noisily
+from trainer.algorithm.last_step import LateStep, late_step_loss, renoise, roll_out_late
+from trainer.algorithm.learner import MicroBatch, StepLearner
+from trainer.algorithm.reward_loss import BranchReward, Score
+from trainer.algorithm.step_metrics import StepMetrics
+from trainer.data.conditioning import Encode
+from trainer.draws import draw_levels, image_generator, injection_generator, member_generator
+from trainer.model.engine import Engine
+from trainer.model.policy import Policy
+
+
+def make_learner(config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> StepLearner[Any]:
+    """The learner of the run's method."""
+    kinds: dict[str, type[StepLearner[Any]]] = {
+        "direct_align": Learner,
+        "refl": ReflLearner,
+        "draft_lv": DraftLvLearner,
+        "grpo": GrpoLearner,
+    }
+    return kinds[config.method.kind](config, engine, policy, score, encode)
+
+
+class _LateStepLearner(StepLearner[LateStep]):
+    def learn(self, step: LateStep) -> None:
+        config = self._config
+        with self.numbers.timed("branches"):
+            with self._told_of(step.pairs):
+                outcome = late_step_loss(step, self._policy, self._score, config.objective.kind, config.rewards)
+            self._require_finite("the loss", outcome.loss, step.pairs)
+            self._engine.backward(outcome.loss)
+        self.numbers.add("loss", outcome.loss)
+        self.numbers.add("sigma", step.sigma)
+        _note_rewards(self.numbers, config.rewards, outcome.rewards)
+        self.numbers.add_seconds("reward", outcome.seconds_reward)
+
+
+class ReflLearner(_LateStepLearner):
+    """The step is drawn for each sample."""
+
+    def _prepare(self, samples: MicroBatch) -> list[list[LateStep]]:
+        config, method = self._config, self._config.method
+        assert isinstance(method, ReflMethod)
+        last = config.rollout.num_steps - 1
+        first = min(last, config.rollout.num_steps - math.floor(config.rollout.num_steps * method.late_share))
+        drawn = [draw_levels(config.seed, samples.step, index, (first, last), 1)[0] for index in samples.indices]
+        with self.numbers.timed("rollout"):
+            late = roll_out_late(
+                self._policy,
+                self._encode(samples.prompts),
+                self._start_noise(samples),
+                self._pairs(samples),
+                self._sampling(samples),
+                torch.tensor(drawn),
+                self._most(max(drawn)),
+                self._image_noise(samples, 0),
+            )
+        self._require_finite("a late latent", late.latents, late.pairs)
+        return [[late]]
+
+    def _most(self, number: int) -> int:
+        """The largest of all workers' numbers."""
+        most = torch.tensor(number, device=self._policy.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+
+class DraftLvLearner(_LateStepLearner):
+    """Each noise is a backward of its own; the engine takes their mean."""
+
+    def _prepare(self, samples: MicroBatch) -> list[list[LateStep]]:
+        method = self._config.method
+        assert isinstance(method, DraftLvMethod)
+        with self.numbers.timed("rollout"):
+            rollout = self._rollout(samples)
+        copies = []
+        for number in range(method.num_renoisings):
+            generators = [
+                injection_generator(self._config.seed, samples.step, each, number) for each in samples.indices
+            ]
+            noise = self._policy.draw_noise(generators, *samples.batch.size)
+            copies.append(renoise(rollout, noise, self._image_noise(samples, number)))
+        return [copies]
+
+
+class GrpoLearner(StepLearner[NoisyStep]):
+    """A prompt's images are one group, in one forward, on one worker."""
+
+    def learn(self, step: NoisyStep) -> None:
+        method = self._method
+        with self.numbers.timed("branches"):
+            log_ratios = log_ratio(step, self._policy, method.noise_level)
+            loss = clipped_loss(log_ratios, step.advantages, method.clip_range)
+            self._require_finite("the loss", loss, step.pairs)
+            self._engine.backward(loss)
+        self.numbers.add("loss", loss)
+        self.numbers.add("sigma", step.sigma)
+        self.numbers.add("ratio", log_ratios.exp())
+        self.numbers.add("clipped_share", ((log_ratios.exp() - 1).abs() > method.clip_range).double())
+
+    def _prepare(self, samples: MicroBatch) -> list[list[NoisyStep]]:
+        seed, method, num_steps = self._config.seed, self._method, self._config.rollout.num_steps
+        step, indices, size = samples.step, samples.indices, method.group_size
+        generators = [member_generator(seed, step, index, member) for index in indices for member in range(size)]
+        with self.numbers.timed("rollout"):
+            rollout = roll_out_noisily(
+                self._policy,
+                self._encode([prompt for prompt in samples.prompts for _ in range(size)]),
+                generators,
+                tuple(pair for pair in self._pairs(samples) for _ in range(size)),
+                self._sampling(samples),
+                method.noise_level,
+            )
+        self._require_finite("a clean latent", rollout.clean, rollout.pairs)
+        rewards = self._rewards(rollout, self._member_noise(samples))
+        advantages = group_advantages(rewards.view(-1, size)).flatten()
+        drawn = [draw_levels(seed, step, each, (1, num_steps - 2), method.num_trained_steps) for each in indices]
+        numbers = torch.tensor(drawn).repeat_interleave(size, dim=0)  # (batch, num_trained_steps)
+        steps = [rollout.step(column, advantages) for column in numbers.unbind(dim=1)]
+        return [steps[update :: method.num_updates] for update in range(method.num_updates)]
+
+    @property
+    def _method(self) -> GrpoMethod:
+        assert isinstance(self._config.method, GrpoMethod)
+        return self._config.method
+
+    def _rewards(self, rollout: NoisyRollout, image_noise: Tensor | None) -> Tensor:
+        """Σ weight · reward of the rollout's images: (batch,)."""
+        config, sampling = self._config, rollout.sampling
+        with torch.no_grad():
+            images = self._policy.decode_image(rollout.clean, sampling.height_px, sampling.width_px)
+        started = time.perf_counter()
+        no_scale = torch.zeros(len(images))
+        with self._told_of(rollout.pairs):
+            judged = [
+                BranchReward(reward, config.objective.kind, "denoise", no_scale).judge(
+                    images, rollout.pairs, image_noise, self._score
+                )
+                for reward in config.rewards
+            ]
+        self.numbers.add_seconds("reward", time.perf_counter() - started)
+        return _note_rewards(self.numbers, config.rewards, torch.stack([each.rewards for each in judged]))
+
+    def _member_noise(self, samples: MicroBatch) -> Tensor | None:
+        if all(reward.pair != "noised_image" for reward in self._config.rewards):
+            return None
+        members = range(self._method.group_size)
+        generators = [
+            image_generator(self._config.seed, samples.step, index, member)
+            for index in samples.indices
+            for member in members
+        ]
+        return torch.stack([torch.randn(3, *samples.batch.size, generator=each) for each in generators])
+
+
+def _note_rewards(numbers: StepMetrics, rewards: Sequence[RewardConfig], values: Tensor) -> Tensor:
+    """Note values (num_rewards, batch), each reward's and the sum Σ weight · reward (batch,), which is returned."""
+    total = torch.tensor([reward.weight for reward in rewards], device=values.device) @ values
+    numbers.add("reward", total)
+    for reward, each in zip(rewards, values, strict=True):
+        numbers.add(f"{reward.name}/reward", each)
+    return total

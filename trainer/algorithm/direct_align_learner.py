@@ -1,0 +1,92 @@
+"""Direct-Align's part of a training step: roll out, inject, and learn from each injection.
+
+learner = Learner(config, engine, policy, score, encode)
+for injections in learner.roll_out(step):
+    for injection in injections:
+        learner.learn(injection)
+    learner.update()
+"""
+
+from __future__ import annotations
+
+import torch
+
+from services.config.method import DirectAlignMethod, DraftLvMethod, GrpoMethod
+from services.config.run import RunConfig
+from trainer.algorithm.direct_align import BranchOutcome, branch_loss
+from trainer.algorithm.learner import MicroBatch, StepLearner
+from trainer.algorithm.reward_loss import Score
+from trainer.algorithm.rollout import Injection, Rollout
+from trainer.data.conditioning import Encode
+from trainer.draws import draw_levels, injection_generator
+from trainer.flow import Branch, branches, level_sigmas, num_delta_levels
+from trainer.model.engine import Engine
+from trainer.model.policy import Policy
+
+
+def num_backwards(config: RunConfig) -> int:
+    """How often a worker runs backward between two updates of the policy."""
+    method, objective, each = config.method, config.objective, 1
+    if isinstance(method, DirectAlignMethod):
+        each = len(objective.branches) * (1 if objective.update_per_injection else objective.num_injections)
+    elif isinstance(method, DraftLvMethod):
+        each = method.num_renoisings
+    elif isinstance(method, GrpoMethod):
+        each = method.num_trained_steps // method.num_updates
+    return each * config.engine.num_micro_batches
+
+
+class Learner(StepLearner[Injection]):
+    """A rollout's material is its injections. Raises ValueError for a Δσ that the levels of a size have no room for."""
+
+    def __init__(self, config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> None:
+        super().__init__(config, engine, policy, score, encode)
+        for sampling in self._samplings.values():  # only the model knows a dynamic shift
+            num_delta_levels(config.objective, level_sigmas(config.objective, sampling.shift))
+
+    def learn(self, injection: Injection) -> None:
+        """All branches of an injection, each one's backward before the next one's forward (Engine.backward: why)."""
+        config = self._config
+        for branch in branches(injection.levels, config.objective, injection.rollout.sampling.shift):
+            with self.numbers.timed("branches"):
+                outcome = self._judged(branch, injection)
+                self._require_finite(f"the loss of branch {branch.name}", outcome.loss, injection.rollout.pairs)
+                self._engine.backward(outcome.loss)
+            self._note(branch, outcome)
+
+    def _prepare(self, samples: MicroBatch) -> list[list[Injection]]:
+        with self.numbers.timed("rollout"):
+            rollout = self._rollout(samples)
+        injections = self._injections(samples, rollout)
+        return [[each] for each in injections] if self._config.objective.update_per_injection else [injections]
+
+    def _judged(self, branch: Branch, injection: Injection) -> BranchOutcome:
+        config = self._config
+        with self._told_of(injection.rollout.pairs, f", branch {branch.name}"):
+            return branch_loss(branch, injection, self._policy, self._score, config.objective, config.rewards)
+
+    def _injections(self, samples: MicroBatch, rollout: Rollout) -> list[Injection]:
+        """The rollout's injections in order of their levels, from the least noisy one."""
+        seed, step, objective = self._config.seed, samples.step, self._config.objective
+        levels, count = objective.level_range, objective.num_injections
+        by_sample = [draw_levels(seed, step, index, levels, count) for index in samples.indices]
+        injections = []
+        for number, drawn in enumerate(zip(*by_sample, strict=True)):
+            noise = rollout.noise
+            if objective.injection_noise == "fresh":
+                generators = [injection_generator(seed, step, index, number) for index in samples.indices]
+                noise = self._policy.draw_noise(generators, *samples.batch.size)
+            injections.append(Injection(rollout, noise, torch.tensor(drawn), self._image_noise(samples, number)))
+        return injections
+
+    def _note(self, branch: Branch, outcome: BranchOutcome) -> None:
+        rewards, note = self._config.rewards, self.numbers.add
+        note("loss", outcome.loss)
+        weights = torch.tensor([reward.weight for reward in rewards], device=outcome.rewards.device)
+        note(f"reward_{branch.name}", weights @ outcome.rewards)
+        for reward, values, scales in zip(rewards, outcome.rewards, outcome.preference_scales, strict=True):
+            note(f"{reward.name}/reward_{branch.name}", values)
+            note(f"{reward.name}/preference_scale_{branch.name}", scales)
+        note(f"discount_{branch.name}", outcome.discount)
+        note(f"recovery_weight_{branch.name}", branch.recovery_weight)
+        self.numbers.add_seconds("reward", outcome.seconds_reward)

@@ -1,0 +1,164 @@
+"""What every method's learner shares: a step's samples, their start, and an update, each the same on any layout.
+
+learner = make_learner(config, engine, policy, score, encode)
+for materials in learner.roll_out(step):
+    for material in materials:
+        learner.learn(material)
+    learner.update()
+
+What a sample gets follows from (seed, step, sample index) alone, so that a step is the same on any number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from services.clients.reward import RewardRejected
+from services.config.run import RunConfig
+from services.contract import PromptPair
+from trainer.algorithm.reward_loss import Score
+from trainer.algorithm.rollout import Rollout, Sampling, roll_out
+from trainer.algorithm.step_metrics import StepMetrics
+from trainer.data.batches import Batch, open_batches
+from trainer.data.conditioning import Encode
+from trainer.draws import draw_words, image_generator, noise_generator, shard
+from trainer.model.engine import Engine
+from trainer.model.policy import Policy
+
+Material = TypeVar("Material")  # what a rollout gives one backward or several
+
+
+class StepError(ValueError):
+    """A step that would train noise: a number that is not finite, a reward's answer that does not fit.
+
+    The text names step, worker, prompts and cause.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Samples of one forward: their indices in the global batch `batch` of a step."""
+
+    step: int
+    indices: tuple[int, ...]
+    batch: Batch
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return tuple(self.batch.prompts[index] for index in self.indices)
+
+
+def worker_samples(config: RunConfig, rank: int, num_workers: int) -> range:
+    """A worker's part of a step's global batch: sample indices."""
+    return shard(config.engine.global_batch, rank, num_workers)
+
+
+class StepLearner(ABC, Generic[Material]):
+    """The verbs of a step, called on all workers in the same order; `numbers` gathers what they have to tell."""
+
+    def __init__(self, config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> None:
+        self.numbers = StepMetrics()
+        self._step = 0
+        self._config, self._engine, self._score, self._encode = config, engine, score, encode
+        self._policy = policy.calling(engine.transformer)  # the wrapped one keeps its gradients for the engine
+        self._batches = open_batches(config, policy.source)
+        rollout, truncate = config.rollout, config.objective.truncate_timestep
+        self._samplings = {
+            size: Sampling(
+                rollout.num_steps, rollout.guidance_scale, policy.resolve_shift(rollout.shift, *size), *size, truncate
+            )
+            for size in config.model.training_sizes
+        }
+
+    def follow(self, config: RunConfig) -> None:
+        """Go on with the words, scales and weights of `config`, otherwise the same run (helm.py)."""
+        self._config = config
+
+    def roll_out(self, step: int) -> list[list[Material]]:
+        """Roll out the worker's prompts, a micro-batch at a time. Returns what to learn from, grouped by update.
+
+        Of a dataset's images the latents are read instead, and the noise drawn. Raises StepError, as do the other
+        verbs, for the first number that is not finite.
+        """
+        self._step = step
+        batch, size = self._batches.batch(step), self._config.engine.micro_batch
+        indices = worker_samples(self._config, dist.get_rank(), dist.get_world_size())
+        starts = range(0, len(indices), size)
+        by_rollout = [self._prepare(MicroBatch(step, tuple(indices[start : start + size]), batch)) for start in starts]
+        return [list(chain.from_iterable(groups)) for groups in zip(*by_rollout, strict=True)]
+
+    @abstractmethod
+    def learn(self, material: Material) -> None:
+        """Forward and backward, as often as num_backwards counts for it."""
+
+    @abstractmethod
+    def _prepare(self, samples: MicroBatch) -> list[list[Material]]:
+        """Roll out a micro-batch; its materials, grouped by update."""
+
+    def update(self) -> None:
+        """One optimiser step. One along a gradient that is not finite costs the weights, but no checkpoint."""
+        with self.numbers.timed("update"):
+            grad_norm = self._engine.step()
+        if not math.isfinite(grad_norm):
+            raise StepError(f"step {self._step + 1}: the gradient's norm over all workers is {grad_norm}")
+        self.numbers.add("grad_norm", grad_norm)
+
+    def _rollout(self, samples: MicroBatch) -> Rollout:
+        noise, conditioning = self._start_noise(samples), self._encode(samples.prompts)
+        pairs, sampling = self._pairs(samples), self._sampling(samples)
+        if samples.batch.clean is not None:
+            return Rollout(noise, samples.batch.clean(samples.indices).to(noise.device), conditioning, pairs, sampling)
+        rollout = roll_out(self._policy, conditioning, noise, pairs, sampling)
+        self._require_finite("a clean latent", rollout.clean, pairs)
+        return rollout
+
+    def _sampling(self, samples: MicroBatch) -> Sampling:
+        return self._samplings[samples.batch.size]
+
+    def _start_noise(self, samples: MicroBatch) -> Tensor:
+        generators = [noise_generator(self._config.seed, samples.step, index) for index in samples.indices]
+        return self._policy.draw_noise(generators, *samples.batch.size)
+
+    def _pairs(self, samples: MicroBatch) -> tuple[PromptPair, ...]:
+        seed, step = self._config.seed, samples.step
+        words = [draw_words(self._config.control_words, seed, step, index) for index in samples.indices]
+        return tuple(
+            PromptPair(prompt, each.positive, each.negative)
+            for prompt, each in zip(samples.prompts, words, strict=True)
+        )
+
+    def _image_noise(self, samples: MicroBatch, number: int) -> Tensor | None:
+        """For rewards that compare an image with a noised one; None where the run has none."""
+        if all(reward.pair != "noised_image" for reward in self._config.rewards):
+            return None
+        generators = [image_generator(self._config.seed, samples.step, index, number) for index in samples.indices]
+        return torch.stack([torch.randn(3, *samples.batch.size, generator=each) for each in generators])
+
+    @contextmanager
+    def _told_of(self, pairs: Sequence[PromptPair], place: str = "") -> Iterator[None]:
+        """Within it, what a reward or its answer is found to be wrong with becomes a StepError of these prompts."""
+        try:
+            yield
+        except (ValueError, RewardRejected) as error:
+            raise StepError(f"{self._where(pairs)}{place}: {error}") from error
+
+    def _require_finite(self, what: str, values: Tensor, pairs: Sequence[PromptPair]) -> None:
+        """`values` has a row for each pair, or is 0-d and made of all of them."""
+        is_finite = values.isfinite().flatten(1).all(dim=1) if values.ndim else values.isfinite().expand(len(pairs))
+        if not is_finite.all():
+            wrong = [pair for pair, fine in zip(pairs, is_finite.tolist(), strict=True) if not fine]
+            raise StepError(f"{self._where(wrong)}: {what} is not finite")
+
+    def _where(self, pairs: Sequence[PromptPair]) -> str:
+        prompts = ", ".join(dict.fromkeys(repr(pair.prompt) for pair in pairs))
+        return f"step {self._step + 1}, worker {dist.get_rank()}, prompts {prompts}"

@@ -1,0 +1,62 @@
+"""Gather what one worker measures in a step, and average it over all workers.
+
+metrics = StepMetrics()
+with metrics.timed("rollout"):
+    ...
+metrics.add("reward_denoise", rewards)
+metrics.mean_over_workers(device)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class StepMetrics:
+    """What one worker gathers in one step: values by name, and seconds by phase."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def add(self, name: str, values: Tensor | float) -> None:
+        """More values of a name, of any shape; the step's number is the mean of all of them."""
+        self._values[name].append(torch.as_tensor(values, dtype=torch.float64).detach().cpu().flatten())
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] += seconds
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.add_seconds(phase, time.perf_counter() - started)
+
+    def mean_over_workers(self, device: torch.device) -> dict[str, float]:
+        """The step's numbers, equal on all workers, which call this together with the same names."""
+        local = {name: float(torch.cat(values).mean()) for name, values in self._values.items()}
+        local |= {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
+        names = sorted(local)
+        sums = torch.tensor([local[name] for name in names], dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        return dict(zip(names, (sums / dist.get_world_size()).tolist(), strict=True))
+
+
+def progress_line(step: int, num_steps: int, numbers: dict[str, float]) -> str:
+    """
+    >>> progress_line(12, 60, {"reward_denoise": 0.05, "loss": 0.65, "grad_norm": 0.4, "seconds_step": 1.5})
+    'step 12/60  reward 0.0500  loss 0.6500  gradient norm 0.400  1.50 s/step  ETA 1:12'
+    """
+    reward = next(numbers[name] for name in ("reward_denoise", "reward_invert", "reward") if name in numbers)
+    minutes, seconds = divmod(round((num_steps - step) * numbers["seconds_step"]), 60)
+    return (
+        f"step {step}/{num_steps}  reward {reward:.4f}  loss {numbers['loss']:.4f}  "
+        f"gradient norm {numbers['grad_norm']:.3f}  {numbers['seconds_step']:.2f} s/step  ETA {minutes}:{seconds:02d}"
+    )

@@ -1,0 +1,1 @@
+"""Draw pictures, measure them, decide whether a run may go on."""

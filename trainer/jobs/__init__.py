@@ -1,0 +1,1 @@
+"""The programs beside training that a Ray job runs: encode, evaluate, sample."""

@@ -1,0 +1,217 @@
+"""`srpo evaluate RUN.yaml [MODEL …]`: the base model against others on held-out prompts, with confidence intervals.
+
+`python -m trainer.jobs.evaluate`, a Ray job or in the foreground. Every policy draws the same prompts and noise;
+every reward that the service has, every judge and every statistic looks at the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from services.clients.reward import RewardClient, RewardError
+from services.clients.tracking import RunStatus, Tracker, TrackingError
+from services.config.finetune import FinetuneConfig
+from services.config.run import ConfigError, RunConfig, load_run_config
+from trainer.algorithm.rollout import Sampling
+from trainer.data.conditioning import encoder, load_policy
+from trainer.data.prompt_files import load_prompts, locate_prompts
+from trainer.data.prompt_lengths import describe_cut_prompts
+from trainer.draws import evaluation_generator
+from trainer.evaluation.bootstrap import Interval, draws_of_prompts, interval
+from trainer.evaluation.drawing import HeldOut, Judges, similarities
+from trainer.evaluation.measurements import Observations, Panel
+from trainer.evaluation.report import Column, render
+from trainer.model.engine import checkpoint_weights
+from trainer.model.lora import whole_weights
+from trainer.model.policy import Policy
+
+_BASE = "base"
+_FOLDER = "comparison"
+
+
+class CompareError(ValueError):
+    """What is to be compared is not there; the text names it and the cure."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="srpo evaluate", description="Compare models with a run's base model.")
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("models", nargs="*", help="[NAME=]FOLDER: a model or a checkpoint (the run's own model)")
+    args = parser.parse_args(arguments)
+    try:
+        config = load_run_config(args.run_file)
+        folders = named_folders(args.models or [f"aligned={config.output_dir / config.name / 'model'}"])
+        report, url = compare(config, folders)
+    except (ConfigError, CompareError, RewardError, TrackingError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"done: {report}  {url}")
+    return 0
+
+
+def named_folders(given: Sequence[str]) -> dict[str, Path]:
+    """Name -> folder of the policies to be set beside the base model. Raises CompareError.
+
+    >>> named_folders(["step40=outputs/x/checkpoints/y/checkpoint_2"])
+    {'step40': PosixPath('outputs/x/checkpoints/y/checkpoint_2')}
+    """
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, _, path = text.rpartition("=")
+        name = name or Path(path).name
+        if name == _BASE or name in folders:
+            raise CompareError(f"two policies are called {name!r}: name them, as in other={path}")
+        if not (Path(path) / "model_index.json").is_file() and not (Path(path) / "policy").is_dir():
+            raise CompareError(
+                f"{path} is neither a model folder nor a checkpoint: give one, or run the training first"
+            )
+        folders[name] = Path(path)
+    return folders
+
+
+def compare(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]:
+    """Draw, look, draw the prompts again, write the report. Returns its path and where MLflow shows the record."""
+    tracker = Tracker.start(config.tracking.uri, config.tracking.experiment, f"{config.name} {_FOLDER}")
+    status: RunStatus = "FAILED"
+    try:
+        service = config.reward_service
+        with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts) as client:
+            columns = judge(config, make_panel(config, client), drawn(config, folders))
+        files = write(config, columns)
+        for column in columns:
+            tracker.log_metrics(dict(_flat(column)), step=0)
+        for file in files:
+            tracker.log_file(file)
+        status = "FINISHED"
+    finally:
+        tracker.finish(status)
+    return files[0], tracker.url
+
+
+def make_panel(config: RunConfig, client: RewardClient) -> Panel:
+    """Everything that can measure: all rewards that are served, judges, statistics, the folder of real pictures."""
+    evaluation = config.evaluation
+    rewards = {f"reward_{name}": partial(similarities, client, config, name) for name in client.models()}
+    judges = Judges.load(evaluation.judge_path, _device(config)) if evaluation.judge_path else None
+    return Panel(rewards, judges, evaluation.reference_path, config.comparison.num_images_per_prompt)
+
+
+@torch.no_grad()
+def drawn(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Name and images (num_images, 3, height, width) uint8 of each policy, the base model first."""
+    model, evaluation = config.model, config.evaluation
+    policy = load_policy(config, _device(config))
+    size = model.height_px, model.width_px
+    shift = policy.resolve_shift(config.rollout.shift, *size)
+    sampling = Sampling(evaluation.num_steps, evaluation.guidance_scale, shift, *size)
+    pictures = HeldOut(held_out_prompts(config), config.seed, evaluation.batch, sampling, evaluation_generator)
+    located = locate_prompts(evaluation.prompts_path, config.prompts.column)
+    if cut := describe_cut_prompts(policy.text, located, model.max_sequence_length):
+        print(f"warning: {cut}", flush=True)
+    encode = encoder(config, policy, pictures.prompts)
+    yield _BASE, pictures.draw_here(policy, encode)
+    for name, folder in folders.items():
+        if (folder / "policy").is_dir():
+            take_checkpoint(policy, folder, config.finetune)
+        else:
+            policy.load_transformer(folder)
+        print(f"drawing {len(pictures.prompts)} pictures with {name}", flush=True)
+        yield name, pictures.draw_here(policy, encode)
+
+
+def take_checkpoint(policy: Policy, folder: Path, finetune: FinetuneConfig) -> None:
+    """Let the transformer have a checkpoint's weights. Raises CompareError for one that the run has not made."""
+    try:
+        weights = checkpoint_weights(folder)
+        if finetune.kind == "lora":  # the checkpoint has the adapter alone; policies before it may have left others
+            policy.restore_transformer()
+            weights = whole_weights(policy.transformer.state_dict() | weights, finetune)
+        policy.transformer.load_state_dict(weights)
+    except (ValueError, RuntimeError, KeyError, UnpicklingError) as error:
+        raise CompareError(f"{folder} is no checkpoint of this run: {str(error).splitlines()[0]}") from error
+
+
+def judge(config: RunConfig, panel: Panel, policies: Iterator[tuple[str, Tensor]]) -> list[Column]:
+    """Numbers of each policy with their intervals, and of its differences from the base model's: paired draws."""
+    prompts, settings = held_out_prompts(config), config.comparison
+    seen: dict[str, Observations] = {}
+    for name, images in policies:
+        seen[name] = panel.observe(images, prompts, seen.get(_BASE))
+    each = settings.num_images_per_prompt
+    draws = list(draws_of_prompts(len(prompts) // each, each, settings.num_draws, config.seed))
+    base = _values(panel, seen[_BASE], draws)
+    columns = []
+    for name, observed in seen.items():
+        values = _values(panel, observed, draws)
+        numbers = {key: _interval(column, settings.confidence) for key, column in values.items()}
+        differences = {key: _interval(column - base[key], settings.confidence) for key, column in values.items()}
+        columns.append(Column(name, observed.images, numbers, {} if name == _BASE else differences))
+    return columns
+
+
+def write(config: RunConfig, columns: Sequence[Column]) -> tuple[Path, Path]:
+    """report.html and numbers.json in the run's folder. Returns their paths."""
+    settings, prompts = config.comparison, held_out_prompts(config)
+    trained = " and ".join(reward.name for reward in config.rewards)
+    each = settings.num_images_per_prompt
+    explained = (
+        f"{len(prompts) // each} held-out prompts × {each} pictures, the same noise for every policy. In brackets "
+        f"{settings.confidence:.0%} intervals over prompts (paired bootstrap, {settings.num_draws} draws); below a "
+        f"number its difference from the base model, bold where the interval excludes 0. The run trains on {trained}."
+    )
+    folder = config.output_dir / config.name / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = {
+        column.name: {
+            key: {"value": asdict(value)}
+            | ({"difference": asdict(column.differences[key])} if column.differences else {})
+            for key, value in column.numbers.items()
+        }
+        for column in columns
+    }
+    report, table = folder / "report.html", folder / "numbers.json"
+    shown = prompts[: config.evaluation.num_grid_images]
+    report.write_text(render(f"{config.name}: {_FOLDER}", explained, columns, shown), encoding="utf-8")
+    table.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return report, table
+
+
+def held_out_prompts(config: RunConfig) -> tuple[str, ...]:
+    """A prompt for each picture."""
+    labels = load_prompts(config.evaluation.prompts_path, config.prompts.column)
+    return tuple(label for label in labels for _ in range(config.comparison.num_images_per_prompt))
+
+
+def _values(panel: Panel, seen: Observations, draws: Sequence[Tensor]) -> dict[str, Tensor]:
+    """By name, (1 + num_draws,): each number on all prompts, then on each draw of them."""
+    rows = [panel.numbers(seen), *(panel.numbers(seen.rows(draw)) for draw in draws)]
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+
+
+def _interval(values: Tensor, confidence: float) -> Interval:
+    return interval(float(values[0]), values[1:], confidence)
+
+
+def _flat(column: Column) -> Iterator[tuple[str, float]]:
+    for kind, numbers in (("", column.numbers), ("_difference", column.differences)):
+        for name, value in numbers.items():
+            for end, number in asdict(value).items():
+                yield f"{column.name}/{name}{kind}" + ("" if end == "value" else f"_{end}"), number
+
+
+def _device(config: RunConfig) -> torch.device:
+    return torch.device("cuda" if config.engine.use_gpu else "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

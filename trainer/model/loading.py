@@ -1,0 +1,81 @@
+"""Find a checkpoint on disk or on the hub, and load it through diffusers, checked.
+
+Every constant comes from the checkpoint's configs. Raise ModelError, which names model.path and the cure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from trainer.model.text_encoders import TextEncoders
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+INDEX = "model_index.json"
+
+
+class ModelError(ValueError):
+    """The model cannot be used; the text names model.path and the cure."""
+
+
+def check_model_path(path: str) -> None:
+    """Raise ModelError, before anything heavy is read, if `path` is neither a FLUX folder nor possibly a hub id."""
+    index = Path(path) / INDEX
+    if index.is_file():
+        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        if kind != "FluxPipeline":
+            raise ModelError(f"model.path {path} holds a {kind}, not a FluxPipeline: give a FLUX model")
+    elif Path(path).is_dir():
+        raise ModelError(f"model.path {path} has no {INDEX}: give the folder that FluxPipeline.save_pretrained wrote")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or Path(path).parent.is_dir():
+        raise ModelError(f"model.path {path}: no such folder; give a FLUX folder in diffusers' format, or a hub id")
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a model: `path` itself, or where the hub's model of that id is kept. Raises ModelError."""
+    check_model_path(path)
+    if Path(path).is_dir():
+        return Path(path)
+    from diffusers import FluxPipeline
+
+    try:
+        return Path(FluxPipeline.download(path))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path {path} cannot be fetched: {error}") from error
+
+
+def load_text_encoders(
+    path: str, dtype: torch.dtype, device: torch.device | str = "cpu", *, only_tokenizers: bool = False
+) -> TextEncoders:
+    """Those of a folder or a hub id, and nothing else of the model. Raises ModelError."""
+    without = ("transformer", "vae", *(("text_encoder", "text_encoder_2") if only_tokenizers else ()))
+    return TextEncoders(load_pipeline(model_folder(path), dtype, device, **dict.fromkeys(without)))
+
+
+def load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str, **without: None) -> FluxPipeline:
+    """The pipeline, less what is given as None. Raises ModelError."""
+    from diffusers import FluxPipeline  # on use: 5 s that launch.py, which only checks the path, need not wait for
+
+    try:
+        pipeline = FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"model.path {source} cannot be loaded: {error}") from error
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        if (network := getattr(pipeline, part)) is not None:
+            require_finite(network, f"model.path {source}: {part}")
+    return pipeline
+
+
+def require_finite(part: nn.Module, told: str) -> None:
+    """Raise ModelError for the first weight that is not a finite number; two numbers a tensor are all it makes."""
+    for name, tensor in part.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ModelError(f"{told}/{name} holds NaN or infinite numbers: fetch or train the model anew")

@@ -1,0 +1,82 @@
+"""The only peft: an adapter beside a policy's linear layers (LoRA), and the whole weights that the two make together.
+
+Source: Hu et al., arXiv 2106.09685: W + alpha / rank · B·A, of which A and B are trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from services.config.finetune import FinetuneConfig
+
+_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names them in a module it was put into
+_BASE = ".base_layer."
+
+
+def add_adapter(transformer: Any, finetune: FinetuneConfig, seed: int) -> None:
+    """Freeze a diffusers transformer and put an adapter on it, in place; it computes the same until it is trained.
+
+    Raises ValueError for a target that is no linear layer's name, with those that there are.
+    """
+    from peft import LoraConfig  # on use: a full fine-tuning does without
+
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    for target in finetune.target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            there = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in names})
+            raise ValueError(
+                f"finetune.target_modules {target!r} is no linear layer of the model; there are: {', '.join(there)}"
+            )
+    settings = LoraConfig(
+        r=finetune.rank,
+        lora_alpha=finetune.scaling * finetune.rank,
+        target_modules=list(finetune.target_modules),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(settings)  # and freezes all else
+
+
+def adapter(transformer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter on a policy, for Policy.save_adapter: its weights by peft's names, and peft's settings."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(transformer), transformer.peft_config["default"].to_dict()
+
+
+def whole(transformer: nn.Module, finetune: FinetuneConfig) -> nn.Module:
+    """The plain transformer that computes what policy and adapter do; for full fine-tuning the policy itself.
+
+    It shares every weight that has no adapter with the policy, which must be whole (under ZeRO stage 3: gathered).
+    """
+    if finetune.kind == "full":
+        return transformer
+    with torch.device("meta"):
+        plain: nn.Module = type(transformer).from_config(transformer.config)  # type: ignore[attr-defined]  # diffusers' ModelMixin
+    plain.load_state_dict(whole_weights(transformer.state_dict(), finetune), assign=True)
+    return plain
+
+
+def whole_weights(weights: Mapping[str, Tensor], finetune: FinetuneConfig) -> dict[str, Tensor]:
+    """A plain transformer's weights out of its own and an adapter's: W + scaling · B·A, summed in float32.
+
+    `weights` holds both, by peft's names or, for the transformer's own, by plain ones. Raises ValueError for an
+    adapter of another rank than the run's, whose alpha is unknown.
+    """
+    plain = {name.replace(_BASE, "."): tensor for name, tensor in weights.items() if not name.endswith((_A, _B))}
+    for name, down in weights.items():
+        if not name.endswith(_A):
+            continue
+        layer = name.removesuffix(_A)
+        if finetune.kind == "full" or len(down) != finetune.rank:
+            told = "finetune.kind full" if finetune.kind == "full" else f"finetune.rank {finetune.rank}"
+            raise ValueError(f"these weights hold an adapter of rank {len(down)}; the run file says {told}")
+        own = plain[f"{layer}.weight"]
+        change = finetune.scaling * weights[layer + _B].float() @ down.float()
+        plain[f"{layer}.weight"] = (own.float() + change.to(own.device)).to(own.dtype)
+    return plain
