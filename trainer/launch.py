@@ -33,7 +33,7 @@ from trainer.evaluation.stop_rules import BEST_STEP
 from trainer.flow import level_sigmas, num_delta_levels
 from trainer.model.loading import check_model_path
 from trainer.runtime.failures import EndAtMistakes, cause, mistakes_named
-from trainer.runtime.preflight import require_taken
+from trainer.runtime.preflight import require_accepted
 
 _ROOT = Path(__file__).resolve().parent.parent
 _EXIT_STOPPED = 130
@@ -135,7 +135,7 @@ def validate(config: RunConfig) -> None:
         check_guard(config, config.guard, offered)
     check_cluster(os.environ.get("RAY_ADDRESS", ""))
     with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts) as client:
-        require_taken(client, config, drawn, judged)
+        require_accepted(client, config, drawn, judged)
 
 
 def check_cluster(address: str) -> None:

@@ -2,7 +2,7 @@
 
     python -m deploy.bench_method.one_run TASK.json OUT_FOLDER
 
-The pieces are those of a training under Ray (Policy, Engine, the learner, Judges, Panel); the reward is scored in
+The pieces are those of a training under Ray (Policy, Engine, the learner, Judges, Measurer); the reward is scored in
 this process by the service's own Scorer, so that its CPU-seconds count. OUT_FOLDER/NAME.json is written last.
 """
 
@@ -34,8 +34,10 @@ from trainer.algorithm.direct_align_learner import num_backwards
 from trainer.algorithm.step_metrics import StepMetrics, progress_line
 from trainer.data.batches import open_batches
 from trainer.data.conditioning import encode_ahead
-from trainer.evaluation.drawing import HeldOut, Judges, held_out_images, similarities
-from trainer.evaluation.measurements import Panel
+from trainer.evaluation.drawing import PictureSet, evaluation_pictures
+from trainer.evaluation.judges import Judges
+from trainer.evaluation.measurements import Measurer
+from trainer.evaluation.similarities import similarities
 from trainer.model.engine import Engine, init_distributed
 from trainer.model.policy import Policy
 
@@ -79,8 +81,8 @@ class Run:
         self._learner = make_learner(config, self._engine, self._policy, self._reward, self._encode)
         self._judges = self._load_judges()
         reward = partial(similarities, self._reward, config, config.rewards[0].name)
-        self._panel = Panel({"reward": reward}, self._judges, None, config.evaluation.num_images_per_prompt)
-        self._base = self._panel.observe(self._draw(), self._pictures.prompts)
+        self._measurer = Measurer({"reward": reward}, self._judges, None, config.evaluation.num_images_per_prompt)
+        self._base = self._measurer.measure(self._draw(), self._pictures.prompts)
 
     def train_until(self, cpu_s: float) -> None:
         """Optimiser steps until this many CPU-seconds have gone into them. ValueError if a loss is not finite."""
@@ -92,9 +94,9 @@ class Run:
                 self._learner.update()
             self.cpu_s += time.process_time() - began
             self.num_steps += 1
-            self._learner.numbers.add_seconds("step", time.perf_counter() - wall)
-            numbers = self._learner.numbers.mean_over_workers(self._device)
-            self._learner.numbers = StepMetrics()
+            self._learner.metrics.add_seconds("step", time.perf_counter() - wall)
+            numbers = self._learner.metrics.mean_over_workers(self._device)
+            self._learner.metrics = StepMetrics()
             print(f"{self.cpu_s:6.1f} CPU-s ", progress_line(self.num_steps, 0, numbers), flush=True)
             if not math.isfinite(numbers["loss"]):
                 raise ValueError(f"step {self.num_steps}: the loss is {numbers['loss']}")
@@ -102,18 +104,18 @@ class Run:
     def judge(self) -> tuple[dict[str, float], torch.Tensor]:
         """Numbers of the policy as it is, and its pictures (num_images, 3, height, width) uint8."""
         config, images = self.task.config, self._draw()
-        numbers = self._panel.numbers(self._panel.observe(images, self._pictures.prompts, self._base))
+        numbers = self._measurer.summarize(self._measurer.measure(images, self._pictures.prompts, self._base))
         wanted, batch = config.control_words.positive, config.evaluation.batch
         log_probability = self._judges.style_log_probability(images, wanted, batch)
         return numbers | {"judge_log_probability": float(log_probability.double().mean())}, images
 
     def _draw(self) -> torch.Tensor:
-        return self._pictures.draw_here(self._policy, self._encode)
+        return self._pictures.draw_alone(self._policy, self._encode)
 
-    def _held_out(self) -> HeldOut:
+    def _held_out(self) -> PictureSet:
         model = self.task.config.model
         shift = self._policy.resolve_shift(self.task.config.rollout.shift, model.height_px, model.width_px)
-        return held_out_images(self.task.config, shift)
+        return evaluation_pictures(self.task.config, shift)
 
     def _load_judges(self) -> Judges:
         path = self.task.config.evaluation.judge_path

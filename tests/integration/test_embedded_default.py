@@ -14,7 +14,7 @@ from diffusers import FluxPipeline
 from services.config.run import RunConfig, load_run_config
 from trainer.algorithm.rollout import Sampling, sample
 from trainer.data.prompt_files import load_prompts
-from trainer.evaluation.drawing import Judges
+from trainer.evaluation.judges import Judges
 from trainer.model.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]

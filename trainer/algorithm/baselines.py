@@ -17,10 +17,10 @@ from torch import Tensor
 from services.config.method import DraftLvMethod, GrpoMethod, ReflMethod
 from services.config.objective import RewardConfig
 from services.config.run import RunConfig
-from trainer.algorithm.direct_align_learner import Learner
+from trainer.algorithm.direct_align_learner import DirectAlignLearner
 from trainer.algorithm.grpo import NoisyRollout, NoisyStep, clipped_loss, group_advantages, log_ratio, roll_out_noisily
 from trainer.algorithm.last_step import LateStep, late_step_loss, renoise, roll_out_late
-from trainer.algorithm.learner import MicroBatch, StepLearner
+from trainer.algorithm.learner import Learner, MicroBatch
 from trainer.algorithm.reward_loss import BranchReward, Score
 from trainer.algorithm.step_metrics import StepMetrics
 from trainer.data.conditioning import Encode
@@ -29,10 +29,10 @@ from trainer.model.engine import Engine
 from trainer.model.policy import Policy
 
 
-def make_learner(config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> StepLearner[Any]:
+def make_learner(config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> Learner[Any]:
     """The learner of the run's method."""
-    kinds: dict[str, type[StepLearner[Any]]] = {
-        "direct_align": Learner,
+    kinds: dict[str, type[Learner[Any]]] = {
+        "direct_align": DirectAlignLearner,
         "refl": ReflLearner,
         "draft_lv": DraftLvLearner,
         "grpo": GrpoLearner,
@@ -40,18 +40,18 @@ def make_learner(config: RunConfig, engine: Engine, policy: Policy, score: Score
     return kinds[config.method.kind](config, engine, policy, score, encode)
 
 
-class _LateStepLearner(StepLearner[LateStep]):
+class _LateStepLearner(Learner[LateStep]):
     def learn(self, step: LateStep) -> None:
         config = self._config
-        with self.numbers.timed("branches"):
+        with self.metrics.timed("branches"):
             with self._told_of(step.pairs):
                 outcome = late_step_loss(step, self._policy, self._score, config.objective.kind, config.rewards)
             self._require_finite("the loss", outcome.loss, step.pairs)
             self._engine.backward(outcome.loss)
-        self.numbers.add("loss", outcome.loss)
-        self.numbers.add("sigma", step.sigma)
-        _note_rewards(self.numbers, config.rewards, outcome.rewards)
-        self.numbers.add_seconds("reward", outcome.seconds_reward)
+        self.metrics.add("loss", outcome.loss)
+        self.metrics.add("sigma", step.sigma)
+        _note_rewards(self.metrics, config.rewards, outcome.rewards)
+        self.metrics.add_seconds("reward", outcome.seconds_reward)
 
 
 class ReflLearner(_LateStepLearner):
@@ -63,7 +63,7 @@ class ReflLearner(_LateStepLearner):
         last = config.rollout.num_steps - 1
         first = min(last, config.rollout.num_steps - math.floor(config.rollout.num_steps * method.late_share))
         drawn = [draw_levels(config.seed, samples.step, index, (first, last), 1)[0] for index in samples.indices]
-        with self.numbers.timed("rollout"):
+        with self.metrics.timed("rollout"):
             late = roll_out_late(
                 self._policy,
                 self._encode(samples.prompts),
@@ -90,7 +90,7 @@ class DraftLvLearner(_LateStepLearner):
     def _prepare(self, samples: MicroBatch) -> list[list[LateStep]]:
         method = self._config.method
         assert isinstance(method, DraftLvMethod)
-        with self.numbers.timed("rollout"):
+        with self.metrics.timed("rollout"):
             rollout = self._rollout(samples)
         copies = []
         for number in range(method.num_renoisings):
@@ -102,26 +102,26 @@ class DraftLvLearner(_LateStepLearner):
         return [copies]
 
 
-class GrpoLearner(StepLearner[NoisyStep]):
+class GrpoLearner(Learner[NoisyStep]):
     """A prompt's images are one group, in one forward, on one worker."""
 
     def learn(self, step: NoisyStep) -> None:
         method = self._method
-        with self.numbers.timed("branches"):
+        with self.metrics.timed("branches"):
             log_ratios = log_ratio(step, self._policy, method.noise_level)
             loss = clipped_loss(log_ratios, step.advantages, method.clip_range)
             self._require_finite("the loss", loss, step.pairs)
             self._engine.backward(loss)
-        self.numbers.add("loss", loss)
-        self.numbers.add("sigma", step.sigma)
-        self.numbers.add("ratio", log_ratios.exp())
-        self.numbers.add("clipped_share", ((log_ratios.exp() - 1).abs() > method.clip_range).double())
+        self.metrics.add("loss", loss)
+        self.metrics.add("sigma", step.sigma)
+        self.metrics.add("ratio", log_ratios.exp())
+        self.metrics.add("clipped_share", ((log_ratios.exp() - 1).abs() > method.clip_range).double())
 
     def _prepare(self, samples: MicroBatch) -> list[list[NoisyStep]]:
         seed, method, num_steps = self._config.seed, self._method, self._config.rollout.num_steps
         step, indices, size = samples.step, samples.indices, method.group_size
         generators = [member_generator(seed, step, index, member) for index in indices for member in range(size)]
-        with self.numbers.timed("rollout"):
+        with self.metrics.timed("rollout"):
             rollout = roll_out_noisily(
                 self._policy,
                 self._encode([prompt for prompt in samples.prompts for _ in range(size)]),
@@ -157,8 +157,8 @@ class GrpoLearner(StepLearner[NoisyStep]):
                 )
                 for reward in config.rewards
             ]
-        self.numbers.add_seconds("reward", time.perf_counter() - started)
-        return _note_rewards(self.numbers, config.rewards, torch.stack([each.rewards for each in judged]))
+        self.metrics.add_seconds("reward", time.perf_counter() - started)
+        return _note_rewards(self.metrics, config.rewards, torch.stack([each.rewards for each in judged]))
 
     def _member_noise(self, samples: MicroBatch) -> Tensor | None:
         if all(reward.pair != "noised_image" for reward in self._config.rewards):

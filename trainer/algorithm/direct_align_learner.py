@@ -1,6 +1,6 @@
 """Direct-Align's part of a training step: roll out, inject, and learn from each injection.
 
-learner = Learner(config, engine, policy, score, encode)
+learner = DirectAlignLearner(config, engine, policy, score, encode)
 for injections in learner.roll_out(step):
     for injection in injections:
         learner.learn(injection)
@@ -14,7 +14,7 @@ import torch
 from services.config.method import DirectAlignMethod, DraftLvMethod, GrpoMethod
 from services.config.run import RunConfig
 from trainer.algorithm.direct_align import BranchOutcome, branch_loss
-from trainer.algorithm.learner import MicroBatch, StepLearner
+from trainer.algorithm.learner import Learner, MicroBatch
 from trainer.algorithm.reward_loss import Score
 from trainer.algorithm.rollout import Injection, Rollout
 from trainer.data.conditioning import Encode
@@ -36,7 +36,7 @@ def num_backwards(config: RunConfig) -> int:
     return each * config.engine.num_micro_batches
 
 
-class Learner(StepLearner[Injection]):
+class DirectAlignLearner(Learner[Injection]):
     """A rollout's material is its injections. Raises ValueError for a Δσ that the levels of a size have no room for."""
 
     def __init__(self, config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> None:
@@ -48,14 +48,14 @@ class Learner(StepLearner[Injection]):
         """All branches of an injection, each one's backward before the next one's forward (Engine.backward: why)."""
         config = self._config
         for branch in branches(injection.levels, config.objective, injection.rollout.sampling.shift):
-            with self.numbers.timed("branches"):
+            with self.metrics.timed("branches"):
                 outcome = self._judged(branch, injection)
                 self._require_finite(f"the loss of branch {branch.name}", outcome.loss, injection.rollout.pairs)
                 self._engine.backward(outcome.loss)
             self._note(branch, outcome)
 
     def _prepare(self, samples: MicroBatch) -> list[list[Injection]]:
-        with self.numbers.timed("rollout"):
+        with self.metrics.timed("rollout"):
             rollout = self._rollout(samples)
         injections = self._injections(samples, rollout)
         return [[each] for each in injections] if self._config.objective.update_per_injection else [injections]
@@ -80,7 +80,7 @@ class Learner(StepLearner[Injection]):
         return injections
 
     def _note(self, branch: Branch, outcome: BranchOutcome) -> None:
-        rewards, note = self._config.rewards, self.numbers.add
+        rewards, note = self._config.rewards, self.metrics.add
         note("loss", outcome.loss)
         weights = torch.tensor([reward.weight for reward in rewards], device=outcome.rewards.device)
         note(f"reward_{branch.name}", weights @ outcome.rewards)
@@ -89,4 +89,4 @@ class Learner(StepLearner[Injection]):
             note(f"{reward.name}/preference_scale_{branch.name}", scales)
         note(f"discount_{branch.name}", outcome.discount)
         note(f"recovery_weight_{branch.name}", branch.recovery_weight)
-        self.numbers.add_seconds("reward", outcome.seconds_reward)
+        self.metrics.add_seconds("reward", outcome.seconds_reward)

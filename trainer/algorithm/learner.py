@@ -63,11 +63,11 @@ def worker_samples(config: RunConfig, rank: int, num_workers: int) -> range:
     return shard(config.engine.global_batch, rank, num_workers)
 
 
-class StepLearner(ABC, Generic[Material]):
+class Learner(ABC, Generic[Material]):
     """The verbs of a step, called on all workers in the same order; `numbers` gathers what they have to tell."""
 
     def __init__(self, config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> None:
-        self.numbers = StepMetrics()
+        self.metrics = StepMetrics()
         self._step = 0
         self._config, self._engine, self._score, self._encode = config, engine, score, encode
         self._policy = policy.calling(engine.transformer)  # the wrapped one keeps its gradients for the engine
@@ -107,11 +107,11 @@ class StepLearner(ABC, Generic[Material]):
 
     def update(self) -> None:
         """One optimiser step. One along a gradient that is not finite costs the weights, but no checkpoint."""
-        with self.numbers.timed("update"):
+        with self.metrics.timed("update"):
             grad_norm = self._engine.step()
         if not math.isfinite(grad_norm):
             raise StepError(f"step {self._step + 1}: the gradient's norm over all workers is {grad_norm}")
-        self.numbers.add("grad_norm", grad_norm)
+        self.metrics.add("grad_norm", grad_norm)
 
     def _rollout(self, samples: MicroBatch) -> Rollout:
         noise, conditioning = self._start_noise(samples), self._encode(samples.prompts)

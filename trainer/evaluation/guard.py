@@ -23,33 +23,35 @@ from services.config.run import GuardConfig, RunConfig
 from trainer.algorithm.rollout import Sampling
 from trainer.data.conditioning import located_guard_prompts
 from trainer.draws import guard_generator
-from trainer.evaluation.drawing import HeldOut, Judges, similarities
-from trainer.evaluation.measurements import Observations, Panel, metric_names
+from trainer.evaluation.drawing import PictureSet
+from trainer.evaluation.judges import Judges
+from trainer.evaluation.measurements import Measurements, Measurer, metric_names
+from trainer.evaluation.similarities import similarities
 from trainer.evaluation.stop_rules import Check, best_check, broken_rule, exported_check, require_sound_base
 
 _NOTES = "guard.json"
 _BASE_PICTURES = "guard_base.safetensors"
 
 
-class Watch:
-    """What the guard holds between checks; it has a panel on worker 0 only. `folder` is the run's."""
+class Guard:
+    """What the guard holds between checks; it has a measurer on worker 0 only. `folder` is the run's."""
 
     def __init__(
         self,
         config: RunConfig,
         guard: GuardConfig,
         sampling: Sampling,
-        panel: Panel | None,
+        measurer: Measurer | None,
         device: torch.device,
     ) -> None:
         self._guard, self._num_steps, self._wanted = guard, config.num_steps, _wanted(config)
-        self._panel, self._device = panel, device
+        self._measurer, self._device = measurer, device
         self._base_path = config.output_dir / config.name / _BASE_PICTURES
-        self._base: Observations | None = None
+        self._base: Measurements | None = None
         self._checks: list[Check] = []
         each = guard.num_images_per_prompt
         prompts = tuple(prompt for prompt in guard_prompts(config, guard) for _ in range(each))
-        self.pictures = HeldOut(prompts, config.seed, config.evaluation.batch, sampling, guard_generator)
+        self.pictures = PictureSet(prompts, config.seed, config.evaluation.batch, sampling, guard_generator)
 
     def is_due(self, step: int) -> bool:
         return step % self._guard.every_num_steps == 0 or step == self._num_steps
@@ -57,10 +59,10 @@ class Watch:
     def check(self, step: int, images: Tensor | None) -> dict[str, float]:
         """Measure the guard's pictures and note what the rules name. Called on all workers; the numbers on worker 0.
 
-        `images` as HeldOut.draw gives them. Raises ValueError for a number that is not finite, and at step 0 for a
+        `images` as PictureSet.draw gives them. Raises ValueError for a number that is not finite, and at step 0 for a
         rule that the base model already breaks.
         """
-        numbers = {} if self._panel is None or images is None else self._measured(self._panel, step, images)
+        numbers = {} if self._measurer is None or images is None else self._measured(self._measurer, step, images)
         names = sorted(set(self._guard.metrics.values()))
         values = torch.tensor([numbers.get(name, math.nan) for name in names], dtype=torch.float64, device=self._device)
         dist.broadcast(values, src=0)
@@ -98,21 +100,21 @@ class Watch:
         notes = json.loads((folder / _NOTES).read_text(encoding="utf-8"))
         self._checks = [Check(**note) for note in notes]
 
-    def _measured(self, panel: Panel, step: int, images: Tensor) -> dict[str, float]:
-        seen = panel.observe(images, self.pictures.prompts, None if step == 0 else self._base_seen(panel))
+    def _measured(self, measurer: Measurer, step: int, images: Tensor) -> dict[str, float]:
+        seen = measurer.measure(images, self.pictures.prompts, None if step == 0 else self._base_seen(measurer))
         if step == 0:
             self._base = seen
             self._base_path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"images": images}, self._base_path)
-        numbers = panel.numbers(seen)
+        numbers = measurer.summarize(seen)
         if (wanted := numbers.get(self._wanted)) is not None:
             numbers["frechet_wanted"] = wanted
         return {f"guard/{name}": number for name, number in numbers.items()}
 
-    def _base_seen(self, panel: Panel) -> Observations:
+    def _base_seen(self, measurer: Measurer) -> Measurements:
         """The base model's pictures; a resumed run has them from its folder."""
         if self._base is None:
-            self._base = panel.observe(load_file(self._base_path)["images"], self.pictures.prompts)
+            self._base = measurer.measure(load_file(self._base_path)["images"], self.pictures.prompts)
         return self._base
 
 
@@ -128,12 +130,12 @@ def reward_metrics(config: RunConfig, guard: GuardConfig) -> dict[str, str]:
     return trained | ({"held_out_reward": guard.held_out_reward} if guard.held_out_reward else {})
 
 
-def guard_panel(config: RunConfig, guard: GuardConfig, client: RewardClient, judges: Judges | None) -> Panel:
+def guard_measurer(config: RunConfig, guard: GuardConfig, client: RewardClient, judges: Judges | None) -> Measurer:
     """What measures the pictures of the checks: the rewards of `client`'s service, the judges, real pictures."""
     rewards = {
         name: partial(similarities, client, config, reward) for name, reward in reward_metrics(config, guard).items()
     }
-    return Panel(rewards, judges, config.evaluation.reference_path, guard.num_images_per_prompt)
+    return Measurer(rewards, judges, config.evaluation.reference_path, guard.num_images_per_prompt)
 
 
 def check_guard(config: RunConfig, guard: GuardConfig, offered: Collection[str]) -> None:

@@ -1,9 +1,9 @@
 """Pictures of one policy -> its numbers: what rewards, judges and statistics say of each picture and of all together.
 
-    panel = Panel({"reward": similarities}, judges, reference_path=None, num_images_per_prompt=2)
-    base = panel.observe(base_images, prompts)
-    aligned = panel.observe(aligned_images, prompts, base)
-    panel.numbers(aligned)["frechet_Flat"]
+    measurer = Measurer({"reward": similarities}, judges, reference_path=None, num_images_per_prompt=2)
+    base = measurer.measure(base_images, prompts)
+    aligned = measurer.measure(aligned_images, prompts, base)
+    measurer.summarize(aligned)["frechet_Flat"]
 
 A row is a picture. The num_images_per_prompt pictures of a prompt follow each other, so that rows can be drawn again
 prompt by prompt (bootstrap.py).
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from trainer.evaluation.drawing import Judges, frechet_distance, gaussian_of
+from trainer.evaluation.judges import Judges, frechet_distance, gaussian_of
 from trainer.evaluation.statistics import (
     common_mode,
     diversity,
@@ -39,20 +39,20 @@ _BATCH = 32  # pictures measured at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Observations:
+class Measurements:
     """images (num_images, 3, height, width) uint8; what was seen of each: values (num_images,), features (…, d)."""
 
     images: Tensor
     values: dict[str, Tensor]
     features: Tensor
 
-    def rows(self, rows: Tensor) -> Observations:
+    def rows(self, rows: Tensor) -> Measurements:
         """These rows only, in this order; a row may come twice."""
         values = {name: value[rows] for name, value in self.values.items()}
-        return Observations(self.images, values, self.features[rows])
+        return Measurements(self.images, values, self.features[rows])
 
 
-class Panel:
+class Measurer:
     """All that measures: rewards by the name of their number ("reward…"), judges, and a folder of real pictures."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Panel:
         self._references = judges.references if judges else {}
         self._reference_path = reference_path
 
-    def observe(self, images: Tensor, prompts: Sequence[str], base: Observations | None = None) -> Observations:
+    def measure(self, images: Tensor, prompts: Sequence[str], base: Measurements | None = None) -> Measurements:
         """Look at uint8 images drawn for these prompts, one each; `base`: the base model's, the same prompts and seeds.
 
         Without `base` they are the base model's own.
@@ -77,7 +77,7 @@ class Panel:
         else:
             judged, features = self._judges.look(images, prompts, _BATCH)
             values |= judged
-        seen = Observations(images, values, features)
+        seen = Measurements(images, values, features)
         base = base or seen
         values["base_pixel_distance"] = torch.cat(
             [pixel_distance(*pair) for pair in zip(images.split(_BATCH), base.images.split(_BATCH), strict=True)]
@@ -85,7 +85,7 @@ class Panel:
         values["base_feature_distance"] = feature_distance(features, base.features)
         return seen
 
-    def numbers(self, seen: Observations) -> dict[str, float]:
+    def summarize(self, seen: Measurements) -> dict[str, float]:
         """Means of what was seen of each picture, and what only a set of pictures has."""
         gaussian = gaussian_of(seen.features)
         numbers = {name: float(value.double().mean()) for name, value in seen.values.items()}
@@ -96,7 +96,7 @@ class Panel:
             numbers["diversity_seeds"] = float(diversity(by_prompt).mean())
         return numbers
 
-    def _real(self, seen: Observations) -> Mapping[str, tuple[Tensor, Tensor]]:
+    def _real(self, seen: Measurements) -> Mapping[str, tuple[Tensor, Tensor]]:
         """Mean and covariance of real pictures' features, by the name of the distance to them."""
         if self._reference_path is not None and "frechet_reference" not in self._references:
             real = read_pictures(self._reference_path, *seen.images.shape[2:])
@@ -116,7 +116,7 @@ class Panel:
 def metric_names(
     rewards: Sequence[str], judge_path: Path | None, reference_path: Path | None, num_images_per_prompt: int
 ) -> set[str]:
-    """The names of all that a panel measures, without making one."""
+    """The names of all that a measurer measures, without making one."""
     names = {*rewards, *map(common_mode_name, rewards), *_STATISTICS, "diversity_prompts"}
     names |= {"base_pixel_distance", "base_feature_distance"}
     names |= Judges.metrics(judge_path) if judge_path else set()

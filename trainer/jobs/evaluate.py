@@ -28,9 +28,11 @@ from trainer.data.prompt_files import load_prompts, locate_prompts
 from trainer.data.prompt_lengths import describe_cut_prompts
 from trainer.draws import evaluation_generator
 from trainer.evaluation.bootstrap import Interval, draws_of_prompts, interval
-from trainer.evaluation.drawing import HeldOut, Judges, similarities
-from trainer.evaluation.measurements import Observations, Panel
+from trainer.evaluation.drawing import PictureSet
+from trainer.evaluation.judges import Judges
+from trainer.evaluation.measurements import Measurements, Measurer
 from trainer.evaluation.report import Column, render
+from trainer.evaluation.similarities import similarities
 from trainer.model.engine import checkpoint_weights
 from trainer.model.lora import whole_weights
 from trainer.model.policy import Policy
@@ -86,7 +88,7 @@ def compare(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]:
     try:
         service = config.reward_service
         with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts) as client:
-            columns = judge(config, make_panel(config, client), drawn(config, folders))
+            columns = judge(config, make_measurer(config, client), drawn(config, folders))
         files = write(config, columns)
         for column in columns:
             tracker.log_metrics(dict(_flat(column)), step=0)
@@ -98,12 +100,12 @@ def compare(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]:
     return files[0], tracker.url
 
 
-def make_panel(config: RunConfig, client: RewardClient) -> Panel:
+def make_measurer(config: RunConfig, client: RewardClient) -> Measurer:
     """Everything that can measure: all rewards that are served, judges, statistics, the folder of real pictures."""
     evaluation = config.evaluation
     rewards = {f"reward_{name}": partial(similarities, client, config, name) for name in client.models()}
     judges = Judges.load(evaluation.judge_path, _device(config)) if evaluation.judge_path else None
-    return Panel(rewards, judges, evaluation.reference_path, config.comparison.num_images_per_prompt)
+    return Measurer(rewards, judges, evaluation.reference_path, config.comparison.num_images_per_prompt)
 
 
 @torch.no_grad()
@@ -114,19 +116,19 @@ def drawn(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str,
     size = model.height_px, model.width_px
     shift = policy.resolve_shift(config.rollout.shift, *size)
     sampling = Sampling(evaluation.num_steps, evaluation.guidance_scale, shift, *size)
-    pictures = HeldOut(held_out_prompts(config), config.seed, evaluation.batch, sampling, evaluation_generator)
+    pictures = PictureSet(held_out_prompts(config), config.seed, evaluation.batch, sampling, evaluation_generator)
     located = locate_prompts(evaluation.prompts_path, config.prompts.column)
     if cut := describe_cut_prompts(policy.text, located, model.max_sequence_length):
         print(f"warning: {cut}", flush=True)
     encode = encoder(config, policy, pictures.prompts)
-    yield _BASE, pictures.draw_here(policy, encode)
+    yield _BASE, pictures.draw_alone(policy, encode)
     for name, folder in folders.items():
         if (folder / "policy").is_dir():
             take_checkpoint(policy, folder, config.finetune)
         else:
             policy.load_transformer(folder)
         print(f"drawing {len(pictures.prompts)} pictures with {name}", flush=True)
-        yield name, pictures.draw_here(policy, encode)
+        yield name, pictures.draw_alone(policy, encode)
 
 
 def take_checkpoint(policy: Policy, folder: Path, finetune: FinetuneConfig) -> None:
@@ -141,18 +143,18 @@ def take_checkpoint(policy: Policy, folder: Path, finetune: FinetuneConfig) -> N
         raise CompareError(f"{folder} is no checkpoint of this run: {str(error).splitlines()[0]}") from error
 
 
-def judge(config: RunConfig, panel: Panel, policies: Iterator[tuple[str, Tensor]]) -> list[Column]:
+def judge(config: RunConfig, measurer: Measurer, policies: Iterator[tuple[str, Tensor]]) -> list[Column]:
     """Numbers of each policy with their intervals, and of its differences from the base model's: paired draws."""
     prompts, settings = held_out_prompts(config), config.comparison
-    seen: dict[str, Observations] = {}
+    seen: dict[str, Measurements] = {}
     for name, images in policies:
-        seen[name] = panel.observe(images, prompts, seen.get(_BASE))
+        seen[name] = measurer.measure(images, prompts, seen.get(_BASE))
     each = settings.num_images_per_prompt
     draws = list(draws_of_prompts(len(prompts) // each, each, settings.num_draws, config.seed))
-    base = _values(panel, seen[_BASE], draws)
+    base = _values(measurer, seen[_BASE], draws)
     columns = []
     for name, observed in seen.items():
-        values = _values(panel, observed, draws)
+        values = _values(measurer, observed, draws)
         numbers = {key: _interval(column, settings.confidence) for key, column in values.items()}
         differences = {key: _interval(column - base[key], settings.confidence) for key, column in values.items()}
         columns.append(Column(name, observed.images, numbers, {} if name == _BASE else differences))
@@ -192,9 +194,9 @@ def held_out_prompts(config: RunConfig) -> tuple[str, ...]:
     return tuple(label for label in labels for _ in range(config.comparison.num_images_per_prompt))
 
 
-def _values(panel: Panel, seen: Observations, draws: Sequence[Tensor]) -> dict[str, Tensor]:
+def _values(measurer: Measurer, seen: Measurements, draws: Sequence[Tensor]) -> dict[str, Tensor]:
     """By name, (1 + num_draws,): each number on all prompts, then on each draw of them."""
-    rows = [panel.numbers(seen), *(panel.numbers(seen.rows(draw)) for draw in draws)]
+    rows = [measurer.summarize(seen), *(measurer.summarize(seen.rows(draw)) for draw in draws)]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
 
 

@@ -42,7 +42,7 @@ def longest(prompts: Iterable[LocatedPrompt]) -> list[LocatedPrompt]:
     return heapq.nlargest(_NUM_ASKED, prompts, key=lambda each: len(each.prompt.encode(errors="replace")))
 
 
-def require_taken(
+def require_accepted(
     client: RewardClient, config: RunConfig, drawn: Collection[LocatedPrompt], judged: Collection[LocatedPrompt] = ()
 ) -> None:
     """Ask each reward about the longest prompts that training draws, and about those that are only looked at.

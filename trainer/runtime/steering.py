@@ -1,7 +1,7 @@
 """The helm of a running training: between steps worker 0 reads the run's tag, and all workers take what it asks for.
 
-    helm.turn()                # on all workers, between two steps
-    learner.follow(helm.config)
+    steering.sync()                # on all workers, between two steps
+    learner.follow(steering.config)
 
 What cannot come into force is refused with a tag that says why; the training goes on with what was in force. So it does
 where MLflow does not tell the tags; a record that it does not take ends the workers (record.py). What is in force is on
@@ -24,7 +24,7 @@ from services.clients.tracking import Tracker, TrackingError
 from services.config.run import RunConfig
 from services.config.steering import ERROR_TAG, TAG, Steering, SteeringError, last_in_force, version_tag
 from trainer.data.prompt_files import LocatedPrompt
-from trainer.runtime.preflight import RefusedError, require_taken
+from trainer.runtime.preflight import RefusedError, require_accepted
 
 _READ_TIMEOUT_S = 5.0  # a step waits no longer for MLflow
 _FILE = "steering.json"
@@ -37,11 +37,11 @@ class Unanswered(SteeringError):
     """Whether it can come into force is not known yet: it is asked again before the next step."""
 
 
-class Helm:
+class LiveSteering:
     """What is in force, alike on all workers; only worker 0 has a `tracker` to read and a `log` to write to.
 
-    `try_out` is called with the run as it would go on. It raises SteeringError if the reward service refuses that, and
-    Unanswered if it cannot be asked.
+    `check` is called with the run as it would go on. It raises SteeringError if the reward service refuses that, and
+    Unanswered if the service cannot be asked.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Helm:
         device: torch.device,
         tracker: Tracker | None,
         log: Log,
-        try_out: Callable[[RunConfig], None],
+        check: Callable[[RunConfig], None],
     ) -> None:
-        self._run, self._device, self._log, self._try_out = config, device, log, try_out
+        self._run, self._device, self._log, self._check = config, device, log, check
         self._inbox = _Inbox(tracker) if tracker else None
         self._refused: str | None = None  # the tag's text, so that what is refused is tried once
         self.in_force = last_in_force(tracker.tags()) if tracker else Steering()
@@ -62,7 +62,7 @@ class Helm:
         """The run as it is in force."""
         return self.in_force.applied_to(self._run)
 
-    def turn(self) -> None:
+    def sync(self) -> None:
         """Take what the tag asks for; called on all workers between steps."""
         if self._inbox is not None and (tags := self._inbox.read()) is not None:
             self._take(tags)
@@ -84,7 +84,7 @@ class Helm:
                 return
             asked.check(self._run)
             if asked != self.in_force:
-                self._try_out(asked.applied_to(self._run))
+                self._check(asked.applied_to(self._run))
         except SteeringError as error:
             self._refuse(text, error, tags.get(ERROR_TAG))
             return
@@ -105,13 +105,13 @@ class Helm:
             self._log(lambda tracker: tracker.set_tag(ERROR_TAG, message))
 
 
-def try_out(client: RewardClient, drawn: Sequence[LocatedPrompt], config: RunConfig) -> None:
+def check_with_service(client: RewardClient, drawn: Sequence[LocatedPrompt], config: RunConfig) -> None:
     """Ask each reward about the longest prompts that training draws, under the run's words.
 
     Raises SteeringError where it does not take them, and Unanswered where the service fails.
     """
     try:
-        require_taken(client, config, drawn)
+        require_accepted(client, config, drawn)
     except RefusedError as error:
         raise SteeringError(str(error)) from error
     except RewardError as error:
@@ -123,7 +123,7 @@ class _Inbox:
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="helm")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steering")
         self._late: Future[dict[str, str]] | None = None
 
     def read(self) -> dict[str, str] | None:

@@ -14,7 +14,7 @@ from services.commands.main import main
 from services.config.run import load_run_config
 from services.config.steering import TAG, Steering, SteeringError, version_tag
 from trainer.data.prompt_files import LocatedPrompt
-from trainer.runtime.steering import Unanswered, try_out
+from trainer.runtime.steering import Unanswered, check_with_service
 
 RUN = Path(__file__).resolve().parents[3] / "deploy" / "runs" / "tiny_srpo.yaml"
 PAIR = ("--positive", "Flat", "--negative", "3D")
@@ -94,8 +94,9 @@ def test_words_that_the_reward_service_refuses_are_refused(reward_url: str) -> N
     config = config.model_copy(update={"rewards": (config.rewards[0].model_copy(update={"name": "tiny-clip"}),)})
     drawn = [LocatedPrompt("fox", "train.txt, line 1")]
     with RewardClient(reward_url, max_attempts=1) as client:
-        try_out(client, drawn, Steering(positive="Oil", negative="3D", preference_scale=2.0).applied_to(config))
+        steered = Steering(positive="Oil", negative="3D", preference_scale=2.0)
+        check_with_service(client, drawn, steered.applied_to(config))
         with pytest.raises(SteeringError, match=r"tiny-clip does not take 1 of .*max_text_chars"):
-            try_out(client, drawn, Steering(positive="Oil" * 1000, negative="3D").applied_to(config))
+            check_with_service(client, drawn, Steering(positive="Oil" * 1000, negative="3D").applied_to(config))
     with RewardClient(f"http://127.0.0.1:{free_port()}", max_attempts=1) as client, pytest.raises(Unanswered):
-        try_out(client, drawn, config)
+        check_with_service(client, drawn, config)

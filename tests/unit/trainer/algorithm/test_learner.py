@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
                 learner.learn(material)
             learner.update()
         require_equal(len(calls))
-        numbers = learner.numbers.mean_over_workers(device)
+        numbers = learner.metrics.mean_over_workers(device)
         engine.export(lambda policy, path=path, numbers=numbers: torch.save((numbers, policy.state_dict()), path))  # type: ignore[misc]
 
 
@@ -265,7 +266,7 @@ def refuse_delta_sigma(run: RunConfig) -> None:
 
     flux = Policy.load(run.model.path, torch.float32)
     with pytest.raises(ValueError, match=r"objective\.delta_sigma 0\.5 is larger than the range of sigma, \[0\."):
-        make_learner(run, None, flux, score, None)  # type: ignore[arg-type]
+        make_learner(run, SimpleNamespace(transformer=flux.transformer), flux, score, None)  # type: ignore[arg-type]
 
 
 @pytest.fixture

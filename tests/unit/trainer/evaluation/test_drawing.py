@@ -12,17 +12,9 @@ from torch import Tensor
 
 from tests.tiny_judges import make_tiny_judges
 from trainer.algorithm.rollout import Sampling
-from trainer.evaluation.drawing import (
-    Evaluation,
-    HeldOut,
-    Judges,
-    before_after,
-    frechet_distance,
-    gaussian_of,
-    is_among_nearest,
-    picture_grid,
-    to_uint8,
-)
+from trainer.evaluation.drawing import Evaluation, PictureSet, to_uint8
+from trainer.evaluation.grids import before_after, picture_grid
+from trainer.evaluation.judges import Judges, frechet_distance, gaussian_of, is_among_nearest
 
 STYLES = ("3D", "Flat")
 SUBJECTS = tuple(f"subject {index}" for index in range(8))
@@ -67,7 +59,7 @@ def test_only_the_right_ones_among_the_nearest_count() -> None:
 
 @pytest.mark.parametrize(("num_images", "world_size"), [(5, 2), (6, 3), (1, 4), (7, 1)])
 def test_shards_are_equally_long_and_cover_all_images(num_images: int, world_size: int) -> None:
-    held_out = HeldOut(("any",) * num_images, seed=0, batch=2, sampling=Sampling(1, 1.0, 3.0, 16, 16))
+    held_out = PictureSet(("any",) * num_images, seed=0, batch=2, sampling=Sampling(1, 1.0, 3.0, 16, 16))
     shards = [held_out.shard(num_images, rank, world_size) for rank in range(world_size)]
     assert len({len(part) for part in shards}) == 1
     interleaved = [index for turn in zip(*shards, strict=True) for index in turn]

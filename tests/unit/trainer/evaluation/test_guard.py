@@ -19,9 +19,9 @@ from services.config.run import load_run_config
 from tests.tiny_judges import make_tiny_judges
 from trainer.algorithm.rollout import Sampling
 from trainer.data.prompt_files import load_prompts
-from trainer.evaluation.drawing import Judges
-from trainer.evaluation.guard import Watch, measured_metrics
-from trainer.evaluation.measurements import Panel
+from trainer.evaluation.guard import Guard, measured_metrics
+from trainer.evaluation.judges import Judges
+from trainer.evaluation.measurements import Measurer
 
 ROOT = Path(__file__).resolve().parents[4]
 RULE = {"metric": "guard/common_mode", "rises_by": 0.5}
@@ -43,7 +43,7 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 def make_watch(
     folder: Path, judges: Path | None = None, evaluation: dict[str, Any] | None = None, **guard: Any
-) -> Watch:
+) -> Guard:
     tree = yaml.safe_load((ROOT / "deploy/runs/tiny_srpo.yaml").read_text(encoding="utf-8"))
     tree["prompts"]["path"] = str(ROOT / tree["prompts"]["path"])
     tree["evaluation"] |= {"judge_path": judges and str(judges), "batch": 3} | (evaluation or {})
@@ -54,13 +54,13 @@ def make_watch(
     assert config.guard is not None
     device = torch.device("cpu")
     rewards = {"reward": brightness} | ({"held_out_reward": brightness} if config.guard.held_out_reward else {})
-    panel = Panel(
+    measurer = Measurer(
         rewards,
         Judges.load(judges, device) if judges else None,
         config.evaluation.reference_path,
         config.guard.num_images_per_prompt,
     )
-    return Watch(config, config.guard, Sampling(1, 1.0, 3.0, 16, 16), panel, device)
+    return Guard(config, config.guard, Sampling(1, 1.0, 3.0, 16, 16), measurer, device)
 
 
 def pictures(level: int) -> Tensor:
@@ -141,6 +141,6 @@ def test_all_that_is_announced_is_measured_and_nothing_else(tmp_path: Path, with
 
 def test_a_number_that_is_not_finite_ends_the_run_by_name(tmp_path: Path) -> None:
     watch = make_watch(tmp_path)
-    watch._panel = Panel({"reward": lambda *_: (torch.full((4,), math.nan), torch.zeros(4))}, None, None, 1)
+    watch._measurer = Measurer({"reward": lambda *_: (torch.full((4,), math.nan), torch.zeros(4))}, None, None, 1)
     with pytest.raises(ValueError, match=r"step 0: .*not finite.*guard/common_mode"):
         watch.check(0, pictures(0))

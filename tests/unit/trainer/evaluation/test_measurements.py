@@ -1,4 +1,4 @@
-"""A panel's numbers are means and set statistics of what it saw of each picture, for all rows or any draw of them."""
+"""A measurer's numbers are means and set statistics over pictures, for all rows or any draw of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from tests.tiny_judges import make_tiny_judges
-from trainer.evaluation.drawing import Judges
-from trainer.evaluation.measurements import Panel, metric_names, picture_files, read_pictures
+from trainer.evaluation.judges import Judges
+from trainer.evaluation.measurements import Measurer, metric_names, picture_files, read_pictures
 
 PROMPTS = ("cat", "cat", "dog", "dog", "key", "key")
 STYLES = ("3D", "Flat")
@@ -28,14 +28,14 @@ def redness(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def panel(tmp_path: Path) -> Panel:
+def measurer(tmp_path: Path) -> Measurer:
     folder = make_tiny_judges(tmp_path, STYLES, sorted(set(PROMPTS)), painted()[:3])
-    return Panel({"reward": redness}, Judges.load(folder, torch.device("cpu")), None, num_images_per_prompt=2)
+    return Measurer({"reward": redness}, Judges.load(folder, torch.device("cpu")), None, num_images_per_prompt=2)
 
 
-def test_numbers_are_those_announced_and_the_judges_own(panel: Panel, tmp_path: Path) -> None:
-    seen = panel.observe(painted(), PROMPTS)
-    numbers = panel.numbers(seen)
+def test_numbers_are_those_announced_and_the_judges_own(measurer: Measurer, tmp_path: Path) -> None:
+    seen = measurer.measure(painted(), PROMPTS)
+    numbers = measurer.summarize(seen)
     assert set(numbers) == metric_names(["reward"], tmp_path, None, num_images_per_prompt=2)
     alone = Judges.load(tmp_path, torch.device("cpu")).numbers(painted(), PROMPTS, batch=4)
     assert {f"eval/{name}": numbers[name] for name in ("frechet_3D", "frechet_Flat", "subject_top5")} == pytest.approx(
@@ -45,37 +45,37 @@ def test_numbers_are_those_announced_and_the_judges_own(panel: Panel, tmp_path: 
     assert numbers["reward"] == pytest.approx(2 * float(painted()[:, 0].double().mean()) / 255 - 1)
 
 
-def test_any_rows_give_the_numbers_of_just_these_pictures(panel: Panel) -> None:
+def test_any_rows_give_the_numbers_of_just_these_pictures(measurer: Measurer) -> None:
     rows = torch.tensor([4, 5, 0, 1, 4, 5])
-    drawn = panel.numbers(panel.observe(painted(), PROMPTS).rows(rows))
-    fresh = panel.numbers(panel.observe(painted()[rows], [PROMPTS[row] for row in rows]))
+    drawn = measurer.summarize(measurer.measure(painted(), PROMPTS).rows(rows))
+    fresh = measurer.summarize(measurer.measure(painted()[rows], [PROMPTS[row] for row in rows]))
     candidates_differ = {"subject_top5"}  # it is sought among the prompts that are evaluated
     for name in drawn.keys() - candidates_differ:
         assert drawn[name] == pytest.approx(fresh[name]), name
 
 
-def test_distances_are_to_the_base_models_picture_of_the_same_row(panel: Panel) -> None:
-    base = panel.observe(painted(), PROMPTS)
-    same, other = panel.observe(painted(), PROMPTS, base), panel.observe(255 - painted(), PROMPTS, base)
-    assert panel.numbers(same)["base_pixel_distance"] == panel.numbers(same)["base_feature_distance"] == 0
+def test_distances_are_to_the_base_models_picture_of_the_same_row(measurer: Measurer) -> None:
+    base = measurer.measure(painted(), PROMPTS)
+    same, other = measurer.measure(painted(), PROMPTS, base), measurer.measure(255 - painted(), PROMPTS, base)
+    assert measurer.summarize(same)["base_pixel_distance"] == measurer.summarize(same)["base_feature_distance"] == 0
     expected = float((255 - 2 * painted().double()).abs().mean() / 255)
-    assert panel.numbers(other)["base_pixel_distance"] == pytest.approx(expected)
-    assert panel.numbers(other)["base_feature_distance"] > 0
+    assert measurer.summarize(other)["base_pixel_distance"] == pytest.approx(expected)
+    assert measurer.summarize(other)["base_feature_distance"] > 0
 
 
-def test_the_same_picture_for_every_seed_or_prompt_has_no_diversity(panel: Panel) -> None:
+def test_the_same_picture_for_every_seed_or_prompt_has_no_diversity(measurer: Measurer) -> None:
     per_prompt = painted()[[0, 0, 1, 1, 2, 2]]
-    numbers = panel.numbers(panel.observe(per_prompt, PROMPTS))
+    numbers = measurer.summarize(measurer.measure(per_prompt, PROMPTS))
     assert numbers["diversity_seeds"] < 1e-6 < numbers["diversity_prompts"]
-    numbers = panel.numbers(panel.observe(painted()[[0, 1, 0, 1, 0, 1]], PROMPTS))
+    numbers = measurer.summarize(measurer.measure(painted()[[0, 1, 0, 1, 0, 1]], PROMPTS))
     assert numbers["diversity_prompts"] < 1e-6 < numbers["diversity_seeds"]
 
 
 def test_a_folder_of_real_pictures_is_a_distance_of_its_own(tmp_path: Path) -> None:
     for index, image in enumerate(painted()):
         to_pil_image(image).save(tmp_path / f"{index}.png")
-    panel = Panel({}, None, tmp_path, num_images_per_prompt=1)
-    near, far = (panel.numbers(panel.observe(images, PROMPTS)) for images in (painted(), painted() // 2))
+    measurer = Measurer({}, None, tmp_path, num_images_per_prompt=1)
+    near, far = (measurer.summarize(measurer.measure(images, PROMPTS)) for images in (painted(), painted() // 2))
     assert near["frechet_reference"] == pytest.approx(0, abs=1e-6)
     assert far["frechet_reference"] > 0.1
     assert torch.equal(read_pictures(tmp_path, 16, 16), painted())

@@ -146,13 +146,13 @@ def check_average(rank: int, folder: Path) -> None:
         resumed = make_engine(stage, ema=EmaConfig(decay=0.75))
         resumed.load(folder / f"{stage}")
         train(resumed, rank, range(2, 3))
-        before = computed(resumed.policy, rank)
+        before = computed(resumed.transformer, rank)
         torch.testing.assert_close(before, computed(with_weights(weights[3]), rank), rtol=0, atol=1e-4)
         torch.testing.assert_close(whole_of(resumed, folder), averaged, rtol=0, atol=2e-5)
         with resumed.averaged():
-            now = computed(resumed.policy, rank)
+            now = computed(resumed.transformer, rank)
             torch.testing.assert_close(now, computed(with_weights(averaged), rank), rtol=0, atol=1e-4)
-        assert computed(resumed.policy, rank).equal(before), "training goes on from where it was"
+        assert computed(resumed.transformer, rank).equal(before), "training goes on from where it was"
         make_engine(stage).save(folder / f"without{stage}", step=0)
         with pytest.raises(ValueError, match=r"has no average of \d.(weight|bias): was it made without ema"):
             resumed.load(folder / f"without{stage}")

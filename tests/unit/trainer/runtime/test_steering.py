@@ -1,4 +1,4 @@
-"""The helm on a real MLflow run: what it takes, refuses, remembers after a restart, and does without MLflow."""
+"""The steering on a real MLflow run: what it takes, refuses, remembers after a restart, and does without MLflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from services.clients.tracking import Tracker
 from services.config.run import RunConfig, load_run_config
 from services.config.steering import ERROR_TAG, TAG, Steering, SteeringError, version_tag
-from trainer.runtime.steering import Helm, Unanswered
+from trainer.runtime.steering import LiveSteering, Unanswered
 
 RUN = Path(__file__).resolve().parents[4] / "deploy" / "runs" / "tiny_srpo.yaml"
 CPU = torch.device("cpu")
@@ -26,12 +26,12 @@ def refuse_long_words(config: RunConfig) -> None:
         raise SteeringError("reward fluent-clip does not take it")
 
 
-def make_helm(tracker: Tracker) -> Helm:
-    return Helm(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), refuse_long_words)
+def make_helm(tracker: Tracker) -> LiveSteering:
+    return LiveSteering(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), refuse_long_words)
 
 
-def words(helm: Helm) -> tuple[str, str]:
-    return helm.config.control_words.positive, helm.config.control_words.negative
+def words(steering: LiveSteering) -> tuple[str, str]:
+    return steering.config.control_words.positive, steering.config.control_words.negative
 
 
 @pytest.fixture(autouse=True)
@@ -54,21 +54,21 @@ def tracker(uri: str) -> Tracker:
 def test_it_takes_what_the_tag_asks_for_and_keeps_the_history(
     tracker: Tracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    helm = make_helm(tracker)
-    helm.turn()
-    assert (helm.in_force.version, words(helm)) == (0, ("3D", "Flat"))
+    steering = make_helm(tracker)
+    steering.sync()
+    assert (steering.in_force.version, words(steering)) == (0, ("3D", "Flat"))
     tracker.set_tag(TAG, Steering(positive="Flat", negative="3D", version=1).to_tag())
     for _ in range(2):
-        helm.turn()
-        assert (helm.in_force.version, words(helm)) == (1, ("Flat", "3D"))
+        steering.sync()
+        assert (steering.in_force.version, words(steering)) == (1, ("Flat", "3D"))
     tracker.set_tag(TAG, '{"positive": "Öl", "negative": "3D", "preference_scale": 0.5, "version": 1}')  # by hand
     for _ in range(2):
-        helm.turn()
-        assert (helm.in_force.version, words(helm)) == (2, ("Öl", "3D"))
-        assert helm.config.rewards[0].preference_scale_invert.start == 0.5
+        steering.sync()
+        assert (steering.in_force.version, words(steering)) == (2, ("Öl", "3D"))
+        assert steering.config.rewards[0].preference_scale_invert.start == 0.5
     tracker.clear_tag(TAG)
-    helm.turn()
-    assert (helm.in_force.version, words(helm)) == (3, ("3D", "Flat"))
+    steering.sync()
+    assert (steering.in_force.version, words(steering)) == (3, ("3D", "Flat"))
     assert [json.loads(tracker.tags()[version_tag(number)]).get("positive") for number in (1, 2, 3)] == [
         "Flat",
         "Öl",
@@ -92,31 +92,31 @@ def test_it_takes_what_the_tag_asks_for_and_keeps_the_history(
 def test_what_is_refused_is_said_and_changes_nothing(
     tracker: Tracker, tag: str, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    helm = make_helm(tracker)
+    steering = make_helm(tracker)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
-    helm.turn()
+    steering.sync()
     tracker.set_tag(TAG, tag)
     for _ in range(3):
-        helm.turn()
-        assert (helm.in_force.version, words(helm)) == (1, ("Flat", "3D"))
+        steering.sync()
+        assert (steering.in_force.version, words(steering)) == (1, ("Flat", "3D"))
         assert named in tracker.tags()[ERROR_TAG]
         assert "version 1: Flat | 3D stays in force" in tracker.tags()[ERROR_TAG]
     (refusal,) = (line for line in capsys.readouterr().out.splitlines() if "refused" in line)
     assert named in refusal
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')  # what is in force anyway
-    helm.turn()
-    assert helm.in_force.version == 1
+    steering.sync()
+    assert steering.in_force.version == 1
     assert ERROR_TAG not in tracker.tags()
 
 
 def test_after_the_last_version_an_edit_is_refused_and_the_run_goes_on(tracker: Tracker) -> None:
-    helm = make_helm(tracker)
+    steering = make_helm(tracker)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D", "version": 1000000000}')
-    helm.turn()
+    steering.sync()
     tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
     for _ in range(2):
-        helm.turn()
-        assert (helm.in_force.version, words(helm)) == (10**9, ("Flat", "3D"))
+        steering.sync()
+        assert (steering.in_force.version, words(steering)) == (10**9, ("Flat", "3D"))
         assert "version 1000000000 is in force, the last there is" in tracker.tags()[ERROR_TAG]
 
 
@@ -127,45 +127,45 @@ def test_what_could_not_be_asked_is_asked_again_and_what_was_refused_is_not(trac
         if error := answers.pop(0):
             raise error
 
-    helm = Helm(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), answer)
+    steering = LiveSteering(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), answer)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
     for left, told in ((2, "busy"), (1, "busy"), (0, "too long"), (0, "too long")):
-        helm.turn()
-        assert (len(answers), helm.in_force.version) == (left, 0)
+        steering.sync()
+        assert (len(answers), steering.in_force.version) == (left, 0)
         assert told in tracker.tags()[ERROR_TAG]
 
 
 def test_a_restart_takes_up_the_later_of_run_and_checkpoint(tracker: Tracker, tmp_path: Path) -> None:
-    helm = make_helm(tracker)
+    steering = make_helm(tracker)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
-    helm.turn()
-    helm.save(tmp_path)
+    steering.sync()
+    steering.save(tmp_path)
     restarted = make_helm(tracker)
     assert words(restarted) == ("Flat", "3D"), "without a checkpoint"
     tracker.clear_tag(version_tag(1))  # as if it had not been written yet
     restarted = make_helm(tracker)
     restarted.load(tmp_path)
-    restarted.turn()
+    restarted.sync()
     assert (restarted.in_force.version, words(restarted)) == (1, ("Flat", "3D"))
     tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
-    restarted.turn()
+    restarted.sync()
     again = make_helm(tracker)
     again.load(tmp_path)
-    again.turn()
+    again.sync()
     assert (again.in_force.version, words(again)) == (2, ("Oil", "3D"))
 
 
 def test_without_mlflow_all_stays_as_it_is(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    helm = make_helm(tracker)
+    steering = make_helm(tracker)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
-    helm.turn()
+    steering.sync()
     tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
     run_id, tracker.run_id = tracker.run_id, "no_such_run"
-    helm.turn()
-    assert (helm.in_force.version, words(helm)) == (1, ("Flat", "3D"))
+    steering.sync()
+    assert (steering.in_force.version, words(steering)) == (1, ("Flat", "3D"))
     assert "no_such_run" in caplog.text
     tracker.run_id = run_id
-    helm.turn()
-    assert (helm.in_force.version, words(helm)) == (2, ("Oil", "3D"))
+    steering.sync()
+    assert (steering.in_force.version, words(steering)) == (2, ("Oil", "3D"))

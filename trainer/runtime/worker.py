@@ -1,0 +1,190 @@
+"""Load what a worker trains with, and do what the loop asks of it between two steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from services.clients.reward import RewardClient
+from services.clients.tracking import Tracker
+from services.config.run import RunConfig
+from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
+from trainer.algorithm.baselines import make_learner
+from trainer.algorithm.direct_align_learner import num_backwards
+from trainer.algorithm.learner import worker_samples
+from trainer.algorithm.step_metrics import StepMetrics, progress_line
+from trainer.data.batches import open_batches
+from trainer.data.conditioning import Encode, drawn_prompts, encoder, load_policy, used_prompts
+from trainer.data.prompt_lengths import describe_cut_prompts
+from trainer.evaluation.drawing import PictureSet, evaluation_pictures
+from trainer.evaluation.guard import Guard, guard_measurer
+from trainer.evaluation.judges import Judges
+from trainer.model.engine import Engine, init_distributed
+from trainer.model.lora import adapter, add_adapter, whole
+from trainer.model.policy import Policy
+from trainer.runtime.recorder import Recorder
+from trainer.runtime.steering import LiveSteering, check_with_service
+
+
+class Worker:
+    """What a worker holds between steps. Every method is called on all workers, in the same order."""
+
+    def __init__(self, config: RunConfig, run_id: str) -> None:
+        self.config, self.folder = config, config.output_dir / config.name
+        logging.getLogger().setLevel(logging.WARNING)  # Ray sets INFO: a line for every request and every report
+        self.seconds = StepMetrics()  # by phase, of the whole run
+        with self.seconds.timed("load"):
+            torch.set_num_threads(config.engine.threads_per_worker)
+            self.device = init_distributed(config.engine.use_gpu)
+            self.rank, self._num_workers = dist.get_rank(), dist.get_world_size()
+            tracker = Tracker.resume(config.tracking.uri, run_id) if self.rank == 0 else None
+            self._recorder = Recorder(tracker) if tracker else None
+            self.policy, self.engine = self._load_policy()
+            shift = self.policy.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
+            self.pictures = evaluation_pictures(config, shift)
+            self.client = reward_client(config)
+            judge_path = config.evaluation.judge_path
+            self.judges = Judges.load(judge_path, self.device) if judge_path and self.rank == 0 else None
+            self.guard = self._make_guard()
+            self._encode = self._encode_prompts()
+            self.learner = make_learner(config, self.engine, self.policy, self._score, self._encode)
+            check = partial(check_with_service, self.client, drawn_prompts(config) if tracker else [])
+            self.steering = LiveSteering(config, self.device, tracker, self.log, check)
+
+    @property
+    def is_recording(self) -> bool:
+        """Return whether this is worker 0, which prints and writes to MLflow."""
+        return self._recorder is not None
+
+    @property
+    def num_grid_images(self) -> int:
+        """Return how many of the held-out images a grid shows."""
+        return min(self.config.evaluation.num_grid_images, len(self.pictures.prompts))
+
+    def log(self, write: Callable[[Tracker], None]) -> None:
+        """Have worker 0 call `write` with the MLflow run, beside the training; other workers do nothing."""
+        if self._recorder is not None:
+            self._recorder.log(write)
+
+    def close_record(self) -> None:
+        """Wait until everything that was logged is written."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def warn_of_cut_prompts(self) -> None:
+        """Say, in print and as a tag, which prompts the text encoders cut."""
+        config = self.config
+        if not self.is_recording:
+            return
+        if cut := describe_cut_prompts(self.policy.text, used_prompts(config), config.model.max_sequence_length):
+            print(f"warning: {cut}", flush=True)
+            self.log(lambda tracker: tracker.set_tag("warning_long_prompts", cut))
+
+    def steer(self) -> None:
+        """Take the words, scales and weights that the MLflow run asks for, on all workers at once."""
+        with self.learner.metrics.timed("steer"):
+            self.steering.sync()
+        self.learner.follow(self.steering.config)
+        self.learner.metrics.add("steering_version", self.steering.in_force.version)
+
+    def time_step(self) -> AbstractContextManager[None]:
+        """Time what happens within it as the step's seconds."""
+        return self.learner.metrics.timed("step")
+
+    def record(self, step: int) -> None:
+        """Print and log the mean over all workers; `step` counts the steps taken."""
+        numbers = self.learner.metrics.mean_over_workers(self.device)
+        self.learner.metrics = StepMetrics()
+        self.seconds.add_seconds("steps", numbers["seconds_step"])
+        if self.is_recording:
+            print(progress_line(step, self.config.num_steps, numbers), flush=True)
+        self.log(lambda tracker: tracker.log_metrics(numbers, step))
+
+    def check_guard(self, step: int) -> None:
+        """Let the guard measure the policy where a check is due."""
+        guard = self.guard
+        if guard is None or not guard.is_due(step):
+            return
+        with self.seconds.timed("guard"):
+            images = self.draw(guard.pictures, len(guard.pictures.prompts))
+            numbers = guard.check(step, images)
+        self.log(lambda tracker: tracker.log_metrics(numbers, step))
+
+    def must_stop(self) -> bool:
+        """Return whether the guard's last check ends the run, on all workers alike."""
+        return self.guard is not None and self.guard.broken_rule is not None
+
+    def draw(self, pictures: PictureSet, num_images: int) -> Tensor | None:
+        """Return the first images of a set, drawn with the averaged weights if the run keeps an average.
+
+        uint8 (num_images, 3, height, width) on worker 0, None on the others.
+        """
+        with self.engine.averaged():
+            return pictures.draw(self.policy, self._encode, num_images)
+
+    def export(self) -> None:
+        """Write the aligned model as a folder that FluxPipeline loads, and the adapter alone where there is one."""
+        with self.seconds.timed("export"):
+            self.engine.export(self._write_model)
+        for name in ("model", "adapter") if self.config.finetune.kind == "lora" else ("model",):
+            self.log(partial(Tracker.log_model_folder, folder=self.folder / name, name=name))
+
+    def _load_policy(self) -> tuple[Policy, Engine]:
+        config = self.config
+        policy = load_policy(config, self.device, gradient_checkpointing=config.engine.gradient_checkpointing)
+        if config.finetune.kind == "lora":
+            add_adapter(policy.transformer, config.finetune, config.seed)
+        num_trained = sum(each.numel() for each in policy.transformer.parameters() if each.requires_grad)
+        self.log(lambda tracker: tracker.set_tag("num_trained_parameters", str(num_trained)))
+        dtype = getattr(torch, config.model.dtype)
+        engine = Engine.create(
+            policy.transformer, config.optimizer, config.engine, num_backwards(config), dtype, config.ema
+        )
+        return policy.calling(engine.transformer), engine
+
+    def _make_guard(self) -> Guard | None:
+        config, guard = self.config, self.config.guard
+        if guard is None:
+            return None
+        measurer = guard_measurer(config, guard, self.client, self.judges) if self.rank == 0 else None
+        return Guard(config, guard, self.pictures.sampling, measurer, self.device)
+
+    def _encode_prompts(self) -> Encode:
+        """Return the conditioning of all that this worker will draw, encoded now or found on disk."""
+        config, place = self.config, (self.rank, self._num_workers)
+        batches, steps = open_batches(config), range(config.num_steps)
+        indices = worker_samples(config, *place)
+        wanted = [batches.batch(step).prompts[index] for step in steps for index in indices]
+        drawn = [(self.pictures, len(self.pictures.prompts)), (self.pictures, self.num_grid_images)]
+        if self.guard is not None:
+            drawn.append((self.guard.pictures, len(self.guard.pictures.prompts)))
+        for pictures, num_images in drawn:
+            wanted += [pictures.prompts[index] for index in pictures.shard(num_images, *place)]
+        return encoder(config, self.policy, wanted)
+
+    def _score(
+        self,
+        reward: str,
+        images: Float32,
+        pairs: tuple[PromptPair, ...],
+        scales: tuple[float, ...],
+        with_gradient: bool,
+    ) -> RewardResponse:
+        return self.client.score(RewardRequest(images, pairs, scales, (WeightedReward(reward),), with_gradient))
+
+    def _write_model(self, transformer: nn.Module) -> None:
+        self.policy.save_pipeline(whole(transformer, self.config.finetune), self.folder / "model")
+        if self.config.finetune.kind == "lora":
+            self.policy.save_adapter(*adapter(transformer), self.folder / "adapter")
+
+
+def reward_client(config: RunConfig) -> RewardClient:
+    """Return a client of the run's reward service, with the run's timeouts."""
+    service = config.reward_service
+    return RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts)
