@@ -1,4 +1,4 @@
-"""Rewards in this process that answer as the service does, and remember what they were asked."""
+"""A reward in this process that answers as the service does and records its requests."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Similarity = Callable[[Tensor, str], Tensor]  # images (batch, 3, height, width)
 
 
 def similarity(images: Tensor, text: str) -> Tensor:
-    """Smooth, different for each image and text."""
+    """Return a smooth similarity (batch,), different for each image and text."""
     phase = sum(map(ord, text)) % 7
     return 0.5 * images.mean(dim=(1, 2, 3)) + 0.1 * (images * 3 + phase).sin().std(dim=(1, 2, 3)) + 0.05 * phase
 
 
 @dataclass
 class LocalReward:
-    """(1 + k)·similarity(positive) − similarity(negative); reads_text False: (1 + k) times its value of the image."""
+    """Return (1 + k)·similarity(positive) − similarity(negative), or (1 + k)·R(image) if reads_text is False."""
 
     reads_text: bool = True
     similarity: Similarity = similarity
-    asked: list[tuple[str, tuple[PromptPair, ...], tuple[float, ...]]] = field(default_factory=list)
+    requests: list[tuple[str, tuple[PromptPair, ...], tuple[float, ...]]] = field(default_factory=list)
 
     def __call__(
         self, name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...], with_gradient: bool
     ) -> RewardResponse:
-        self.asked.append((name, pairs, scales))
+        self.requests.append((name, pairs, scales))
         leaf = torch.tensor(images, requires_grad=True)
         positive = self._each(leaf, [pair.positive_text for pair in pairs])
         negative = self._each(leaf, [pair.negative_text for pair in pairs]) * self.reads_text

@@ -29,8 +29,7 @@ from deploy.settings import ROOT, free_port
 from reward_server.models import ClipArgs
 from reward_server.scoring.scorer import Job, Scorer
 from services.contract import ContractError, Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
-from trainer.algorithm.baselines import make_learner
-from trainer.algorithm.direct_align_learner import num_backwards
+from trainer.algorithm.methods import make_learner, num_backwards
 from trainer.algorithm.step_metrics import StepMetrics, progress_line
 from trainer.data.batches import open_batches
 from trainer.data.conditioning import encode_ahead

@@ -1,1 +1,1 @@
-"""From prompts to a loss: rollouts, Direct-Align, its baselines."""
+"""From prompts to a loss: rollouts, the reward loss, and one learner for each training method."""

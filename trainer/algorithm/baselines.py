@@ -1,14 +1,9 @@
-"""ReFL, DRaFT-LV and GRPO with the learner's verbs, to be set beside Direct-Align on equal terms.
-
-learner = make_learner(config, engine, policy, score, encode)  # for any run; method.kind chooses
-"""
+"""Train by the baselines ReFL, DRaFT-LV and GRPO: their learners, to compare with Direct-Align on equal terms."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,53 +11,39 @@ from torch import Tensor
 
 from services.config.method import DraftLvMethod, GrpoMethod, ReflMethod
 from services.config.objective import RewardConfig
-from services.config.run import RunConfig
-from trainer.algorithm.direct_align_learner import DirectAlignLearner
 from trainer.algorithm.grpo import NoisyRollout, NoisyStep, clipped_loss, group_advantages, log_ratio, roll_out_noisily
 from trainer.algorithm.last_step import LateStep, late_step_loss, renoise, roll_out_late
 from trainer.algorithm.learner import Learner, MicroBatch
-from trainer.algorithm.reward_loss import BranchReward, Score
+from trainer.algorithm.reward_loss import reward_images
 from trainer.algorithm.step_metrics import StepMetrics
-from trainer.data.conditioning import Encode
 from trainer.draws import draw_levels, image_generator, injection_generator, member_generator
-from trainer.model.engine import Engine
-from trainer.model.policy import Policy
-
-
-def make_learner(config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> Learner[Any]:
-    """The learner of the run's method."""
-    kinds: dict[str, type[Learner[Any]]] = {
-        "direct_align": DirectAlignLearner,
-        "refl": ReflLearner,
-        "draft_lv": DraftLvLearner,
-        "grpo": GrpoLearner,
-    }
-    return kinds[config.method.kind](config, engine, policy, score, encode)
 
 
 class _LateStepLearner(Learner[LateStep]):
+    """What ReFL and DRaFT-LV share: the loss and the backward of a late step."""
+
     def learn(self, step: LateStep) -> None:
         config = self._config
         with self.metrics.timed("branches"):
-            with self._told_of(step.pairs):
+            with self._locate_errors(step.pairs):
                 outcome = late_step_loss(step, self._policy, self._score, config.objective.kind, config.rewards)
             self._require_finite("the loss", outcome.loss, step.pairs)
             self._engine.backward(outcome.loss)
         self.metrics.add("loss", outcome.loss)
         self.metrics.add("sigma", step.sigma)
-        _note_rewards(self.metrics, config.rewards, outcome.rewards)
+        _record_rewards(self.metrics, config.rewards, outcome.rewards)
         self.metrics.add_seconds("reward", outcome.seconds_reward)
 
 
 class ReflLearner(_LateStepLearner):
-    """The step is drawn for each sample."""
+    """ReFL: the step that is trained is drawn for each sample."""
 
     def _prepare(self, samples: MicroBatch) -> list[list[LateStep]]:
         config, method = self._config, self._config.method
         assert isinstance(method, ReflMethod)
         last = config.rollout.num_steps - 1
         first = min(last, config.rollout.num_steps - math.floor(config.rollout.num_steps * method.late_share))
-        drawn = [draw_levels(config.seed, samples.step, index, (first, last), 1)[0] for index in samples.indices]
+        steps = [draw_levels(config.seed, samples.step, index, (first, last), 1)[0] for index in samples.indices]
         with self.metrics.timed("rollout"):
             late = roll_out_late(
                 self._policy,
@@ -70,22 +51,21 @@ class ReflLearner(_LateStepLearner):
                 self._start_noise(samples),
                 self._pairs(samples),
                 self._sampling(samples),
-                torch.tensor(drawn),
-                self._most(max(drawn)),
+                torch.tensor(steps),
+                self._max_over_workers(max(steps)),
                 self._image_noise(samples, 0),
             )
         self._require_finite("a late latent", late.latents, late.pairs)
         return [[late]]
 
-    def _most(self, number: int) -> int:
-        """The largest of all workers' numbers."""
-        most = torch.tensor(number, device=self._policy.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+    def _max_over_workers(self, number: int) -> int:
+        largest = torch.tensor(number, device=self._policy.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
 
 class DraftLvLearner(_LateStepLearner):
-    """Each noise is a backward of its own; the engine takes their mean."""
+    """DRaFT-LV: each noise has a backward of its own, and the engine takes their mean."""
 
     def _prepare(self, samples: MicroBatch) -> list[list[LateStep]]:
         method = self._config.method
@@ -103,7 +83,7 @@ class DraftLvLearner(_LateStepLearner):
 
 
 class GrpoLearner(Learner[NoisyStep]):
-    """A prompt's images are one group, in one forward, on one worker."""
+    """GRPO: the images of one prompt form a group, in one forward on one worker."""
 
     def learn(self, step: NoisyStep) -> None:
         method = self._method
@@ -144,23 +124,27 @@ class GrpoLearner(Learner[NoisyStep]):
         return self._config.method
 
     def _rewards(self, rollout: NoisyRollout, image_noise: Tensor | None) -> Tensor:
-        """Σ weight · reward of the rollout's images: (batch,)."""
+        """Return Σ weight · reward of the rollout's images, (batch,)."""
         config, sampling = self._config, rollout.sampling
         with torch.no_grad():
             images = self._policy.decode_image(rollout.clean, sampling.height_px, sampling.width_px)
-        started = time.perf_counter()
-        no_scale = torch.zeros(len(images))
-        with self._told_of(rollout.pairs):
-            judged = [
-                BranchReward(reward, config.objective.kind, "denoise", no_scale).judge(
-                    images, rollout.pairs, image_noise, self._score
-                )
-                for reward in config.rewards
-            ]
-        self.metrics.add_seconds("reward", time.perf_counter() - started)
-        return _note_rewards(self.metrics, config.rewards, torch.stack([each.rewards for each in judged]))
+        no_scales = [torch.zeros(len(images))] * len(config.rewards)
+        with self._locate_errors(rollout.pairs):
+            rewarded = reward_images(
+                images,
+                rollout.pairs,
+                config.rewards,
+                config.objective.kind,
+                "denoise",
+                no_scales,
+                image_noise,
+                self._score,
+            )
+        self.metrics.add_seconds("reward", rewarded.seconds)
+        return _record_rewards(self.metrics, config.rewards, rewarded.rewards)
 
     def _member_noise(self, samples: MicroBatch) -> Tensor | None:
+        """Return the image noise of every group member, or None if no reward of the run needs it."""
         if all(reward.pair != "noised_image" for reward in self._config.rewards):
             return None
         members = range(self._method.group_size)
@@ -172,10 +156,10 @@ class GrpoLearner(Learner[NoisyStep]):
         return torch.stack([torch.randn(3, *samples.batch.size, generator=each) for each in generators])
 
 
-def _note_rewards(numbers: StepMetrics, rewards: Sequence[RewardConfig], values: Tensor) -> Tensor:
-    """Note values (num_rewards, batch), each reward's and the sum Σ weight · reward (batch,), which is returned."""
+def _record_rewards(metrics: StepMetrics, rewards: Sequence[RewardConfig], values: Tensor) -> Tensor:
+    """Add each reward's values (num_rewards, batch) to the metrics, and their weighted sum (batch,). Return the sum."""
     total = torch.tensor([reward.weight for reward in rewards], device=values.device) @ values
-    numbers.add("reward", total)
+    metrics.add("reward", total)
     for reward, each in zip(rewards, values, strict=True):
-        numbers.add(f"{reward.name}/reward", each)
+        metrics.add(f"{reward.name}/reward", each)
     return total

@@ -1,12 +1,11 @@
-"""Injection in, loss out: known noise, one step with gradient, recover, decode, rewards (Direct-Align, SRPO).
+"""Compute Direct-Align's loss of one branch: add known noise, take one step with gradient, recover, decode, reward.
 
-Source: Shen et al., arXiv 2509.06942. Only one transformer call carries gradient, whatever the noise level. The
-rewards' gradients come from the reward service as pictures, so that no reward model lives in the trainer.
+Source: Shen et al., arXiv 2509.06942 (Direct-Align and SRPO). Only one transformer call carries gradient, at any noise
+level. The reward service returns each reward's gradient with respect to the image, so no reward model is loaded here.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from services.config.objective import ObjectiveConfig, RewardConfig
-from trainer.algorithm.reward_loss import BranchReward, Score
+from trainer.algorithm.reward_loss import Score, reward_images
 from trainer.algorithm.rollout import Injection
 from trainer.flow import Branch, euler_step, interpolate, recover_clean, schedule_at
 from trainer.model.policy import Policy
@@ -22,9 +21,9 @@ from trainer.model.policy import Policy
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BranchOutcome:
-    """What one branch gives: `loss` (0-d, with graph) to run backward on, and what to log.
+    """The result of one branch: `loss` (0-d, with graph) to run backward on, and what to log.
 
-    rewards, preference_scales (num_rewards, batch), in the order of the run's rewards; discount (batch,).
+    rewards, preference_scales k: (num_rewards, batch), in the order of the run's rewards. discount λ: (batch,).
     """
 
     loss: Tensor
@@ -36,7 +35,7 @@ class BranchOutcome:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recovery:
-    """The trained step, all shaped as rollout.clean: latents at sigma_start, velocity there, clean latents again."""
+    """The trained step, all shaped as rollout.clean: noisy latents at sigma_start, velocity there, clean latents."""
 
     noisy: Tensor
     velocity: Tensor
@@ -51,35 +50,25 @@ def branch_loss(
     objective: ObjectiveConfig,
     rewards: Sequence[RewardConfig],
 ) -> BranchOutcome:
-    """The branch's loss: mean over the batch of λ · Σ weight · relu(margin − reward).
+    """Return the branch's loss: the mean over the batch of λ · Σ weight · relu(margin − reward).
 
-    The caller averages over branches. Run backward on it before the next branch's forward (ZeRO stage 3 drops
-    gradients otherwise).
+    The caller averages over branches. Run backward on the loss before the next branch's forward: ZeRO stage 3 drops
+    gradients otherwise. Raises ValueError as reward_images does.
     """
     recovered = recover_anchor(branch, injection, policy, objective).recovered
     sampling, pairs = injection.rollout.sampling, injection.rollout.pairs
     images = policy.decode_image(recovered, sampling.height_px, sampling.width_px)
     scales = [schedule_at(each.preference_scale(branch.name), branch.levels, objective.num_levels) for each in rewards]
-    started = time.perf_counter()
-    judged = [
-        BranchReward(reward, objective.kind, branch.name, scale).judge(images, pairs, injection.image_noise, score)
-        for reward, scale in zip(rewards, scales, strict=True)
-    ]
-    seconds_reward = time.perf_counter() - started
-    hinges = [
-        reward.weight * each.hinge(reward.margin, reward.satisfied_at)
-        for reward, each in zip(rewards, judged, strict=True)
-    ]
+    rewarded = reward_images(images, pairs, rewards, objective.kind, branch.name, scales, injection.image_noise, score)
     discount = schedule_at(objective.discount, branch.levels, objective.num_levels)
-    # the gradient of an image's loss reaches the velocity times w
+    # The gradient of an image's loss is multiplied by w on its way to the velocity. "normalised" undoes this.
     factor = discount / branch.recovery_weight if objective.recovery_weight == "normalised" else discount
-    loss = (factor.to(images.device) * torch.stack(hinges).sum(dim=0)).mean()
-    values = torch.stack([each.rewards.detach() for each in judged])
-    return BranchOutcome(loss, values, torch.stack(scales), discount, seconds_reward)
+    loss = (factor.to(images.device) * rewarded.hinges).mean()
+    return BranchOutcome(loss, rewarded.rewards, torch.stack(scales), discount, rewarded.seconds)
 
 
 def recover_anchor(branch: Branch, injection: Injection, policy: Policy, objective: ObjectiveConfig) -> Recovery:
-    """Inject, one step with gradient, recover: recovered = clean ∓ w·(velocity − (noise − clean))."""
+    """Inject the noise, take one step with gradient, and recover: clean ∓ w·(velocity − (noise − clean))."""
     rollout, noise, branch = injection.rollout, injection.noise, branch.to(injection.noise.device)
     noisy = interpolate(rollout.clean, noise, branch.sigma_start)
     velocity = policy.predict_velocity(

@@ -1,4 +1,4 @@
-"""Direct-Align's part of a training step: roll out, inject, and learn from each injection.
+"""Train by Direct-Align: roll out, inject noise at several levels, and learn from each injection.
 
 learner = DirectAlignLearner(config, engine, policy, score, encode)
 for injections in learner.roll_out(step):
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from services.config.method import DirectAlignMethod, DraftLvMethod, GrpoMethod
 from services.config.run import RunConfig
 from trainer.algorithm.direct_align import BranchOutcome, branch_loss
 from trainer.algorithm.learner import Learner, MicroBatch
@@ -24,35 +23,26 @@ from trainer.model.engine import Engine
 from trainer.model.policy import Policy
 
 
-def num_backwards(config: RunConfig) -> int:
-    """How often a worker runs backward between two updates of the policy."""
-    method, objective, each = config.method, config.objective, 1
-    if isinstance(method, DirectAlignMethod):
-        each = len(objective.branches) * (1 if objective.update_per_injection else objective.num_injections)
-    elif isinstance(method, DraftLvMethod):
-        each = method.num_renoisings
-    elif isinstance(method, GrpoMethod):
-        each = method.num_trained_steps // method.num_updates
-    return each * config.engine.num_micro_batches
-
-
 class DirectAlignLearner(Learner[Injection]):
-    """A rollout's material is its injections. Raises ValueError for a Δσ that the levels of a size have no room for."""
+    """Direct-Align: each rollout gives several injections to learn from.
+
+    Raises ValueError if objective.delta_sigma does not fit into the levels of one of the run's sizes.
+    """
 
     def __init__(self, config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> None:
         super().__init__(config, engine, policy, score, encode)
-        for sampling in self._samplings.values():  # only the model knows a dynamic shift
+        for sampling in self._samplings.values():  # launch.py cannot check a dynamic shift: it is the model's
             num_delta_levels(config.objective, level_sigmas(config.objective, sampling.shift))
 
     def learn(self, injection: Injection) -> None:
-        """All branches of an injection, each one's backward before the next one's forward (Engine.backward: why)."""
+        """Run forward and backward for each branch of an injection, one branch at a time (Engine.backward says why)."""
         config = self._config
         for branch in branches(injection.levels, config.objective, injection.rollout.sampling.shift):
             with self.metrics.timed("branches"):
-                outcome = self._judged(branch, injection)
+                outcome = self._loss(branch, injection)
                 self._require_finite(f"the loss of branch {branch.name}", outcome.loss, injection.rollout.pairs)
                 self._engine.backward(outcome.loss)
-            self._note(branch, outcome)
+            self._record(branch, outcome)
 
     def _prepare(self, samples: MicroBatch) -> list[list[Injection]]:
         with self.metrics.timed("rollout"):
@@ -60,33 +50,33 @@ class DirectAlignLearner(Learner[Injection]):
         injections = self._injections(samples, rollout)
         return [[each] for each in injections] if self._config.objective.update_per_injection else [injections]
 
-    def _judged(self, branch: Branch, injection: Injection) -> BranchOutcome:
+    def _loss(self, branch: Branch, injection: Injection) -> BranchOutcome:
         config = self._config
-        with self._told_of(injection.rollout.pairs, f", branch {branch.name}"):
+        with self._locate_errors(injection.rollout.pairs, f", branch {branch.name}"):
             return branch_loss(branch, injection, self._policy, self._score, config.objective, config.rewards)
 
     def _injections(self, samples: MicroBatch, rollout: Rollout) -> list[Injection]:
-        """The rollout's injections in order of their levels, from the least noisy one."""
+        """Return the rollout's injections, ordered by level from the least noisy one."""
         seed, step, objective = self._config.seed, samples.step, self._config.objective
         levels, count = objective.level_range, objective.num_injections
         by_sample = [draw_levels(seed, step, index, levels, count) for index in samples.indices]
         injections = []
-        for number, drawn in enumerate(zip(*by_sample, strict=True)):
+        for number, batch_levels in enumerate(zip(*by_sample, strict=True)):
             noise = rollout.noise
             if objective.injection_noise == "fresh":
                 generators = [injection_generator(seed, step, index, number) for index in samples.indices]
                 noise = self._policy.draw_noise(generators, *samples.batch.size)
-            injections.append(Injection(rollout, noise, torch.tensor(drawn), self._image_noise(samples, number)))
+            injections.append(Injection(rollout, noise, torch.tensor(batch_levels), self._image_noise(samples, number)))
         return injections
 
-    def _note(self, branch: Branch, outcome: BranchOutcome) -> None:
-        rewards, note = self._config.rewards, self.metrics.add
-        note("loss", outcome.loss)
+    def _record(self, branch: Branch, outcome: BranchOutcome) -> None:
+        rewards, add = self._config.rewards, self.metrics.add
+        add("loss", outcome.loss)
         weights = torch.tensor([reward.weight for reward in rewards], device=outcome.rewards.device)
-        note(f"reward_{branch.name}", weights @ outcome.rewards)
+        add(f"reward_{branch.name}", weights @ outcome.rewards)
         for reward, values, scales in zip(rewards, outcome.rewards, outcome.preference_scales, strict=True):
-            note(f"{reward.name}/reward_{branch.name}", values)
-            note(f"{reward.name}/preference_scale_{branch.name}", scales)
-        note(f"discount_{branch.name}", outcome.discount)
-        note(f"recovery_weight_{branch.name}", branch.recovery_weight)
+            add(f"{reward.name}/reward_{branch.name}", values)
+            add(f"{reward.name}/preference_scale_{branch.name}", scales)
+        add(f"discount_{branch.name}", outcome.discount)
+        add(f"recovery_weight_{branch.name}", branch.recovery_weight)
         self.metrics.add_seconds("reward", outcome.seconds_reward)

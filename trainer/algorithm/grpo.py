@@ -1,4 +1,4 @@
-"""GRPO for flow matching: sampling with noise, group-relative advantages, a clipped ratio. Needs rewards, no gradient.
+"""Compute GRPO's parts for flow matching: noisy sampling, group advantages, clipped loss. Rewards need no gradient.
 
 Sources: Flow-GRPO (Liu et al., arXiv 2505.05470, equations 5, 8, 9 and 12); DanceGRPO (Xue et al., arXiv 2505.07818:
 a part of the steps is trained). A sampling step from sigma to sigma' < sigma is Gaussian,
@@ -6,12 +6,12 @@ a part of the steps is trained). A sampling step from sigma to sigma' < sigma is
     mean = x + (sigma' − sigma)·[v + g² / (2·sigma)·(x + (1 − sigma)·v)],  std = g·sqrt(sigma − sigma'),
     g = a·sqrt(sigma / (1 − sigma)),
 
-where x + (1 − sigma)·v is the noise expected in x, which is −sigma times the score: for small steps the latents have at
-every sigma the same distribution as without noise. g is infinite at sigma 1 and the last step gives the image, so that
-the first and the last step are Euler's.
+where x + (1 − sigma)·v is the noise expected in x, which is −sigma times the score. With small steps, the latents have
+the same distribution at every sigma as without noise. g is infinite at sigma 1, and the last step gives the image:
+the first and the last step are therefore Euler's.
 
-Densities are taken per number of the latents (their geometric mean), not multiplied: the product over all numbers would
-leave any clip range at once. Left out: the KL penalty to the base model.
+A density is the geometric mean over the numbers of the latents, not their product, which would leave any clip range at
+once. Left out: the KL penalty to the base model.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from trainer.flow import euler_step, sigma_schedule
 from trainer.model.policy import Policy
 from trainer.model.text_encoders import Conditioning
 
-_LEAST_SPREAD = 1e-6  # of the rewards in a group, so that a group of equals learns nothing
+_MIN_SPREAD = 1e-6  # of the rewards in a group: a group of equal rewards then learns nothing
 
 
 def noisy_step(
     latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise_level: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean (batch, tokens, channels) and standard deviation (batch or 1, 1, 1) of the step; sigmas 0-d or (batch,)."""
+    """Return the step's mean (batch, tokens, channels) and standard deviation (batch or 1, 1, 1).
+
+    sigma, sigma_next: 0-d or (batch,).
+    """
     sigma, sigma_next = sigma.view(-1, 1, 1), sigma_next.view(-1, 1, 1)
     diffusion = noise_level * (sigma / (1 - sigma)).sqrt()
     expected_noise = latents + (1 - sigma) * velocity
@@ -43,18 +46,21 @@ def noisy_step(
 
 
 def log_density(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Of latents (batch, tokens, channels) under a Gaussian, per number, but for terms without mean: (batch,)."""
+    """Return the log density (batch,) of latents (batch, tokens, channels) under a Gaussian, averaged over the numbers.
+
+    Terms that do not depend on the mean are left out.
+    """
     return -((latents - mean) / std).square().mean(dim=(1, 2)) / 2
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(reward − mean) / standard deviation within each group: (num_groups, group_size) -> the same."""
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return centred / (rewards.std(dim=1, keepdim=True) + _LEAST_SPREAD)
+    """Return (reward − mean) / standard deviation within each group, (num_groups, group_size) as the rewards."""
+    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    return centered / (rewards.std(dim=1, keepdim=True) + _MIN_SPREAD)
 
 
 def clipped_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """−mean min(ratio·A, clip(ratio, 1 ± clip_range)·A), 0-d; log_ratio and advantages A (batch,). PPO's."""
+    """Return PPO's loss −mean min(ratio·A, clip(ratio, 1 ± clip_range)·A), 0-d; log_ratio, advantages A: (batch,)."""
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantages, clipped * advantages).mean()
@@ -62,7 +68,7 @@ def clipped_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Te
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NoisyStep:
-    """A sampling step to train: from latents at sigma to latents_next at sigma_next, and how likely that was.
+    """A sampling step to train: from latents at sigma to latents_next at sigma_next, with the density it had.
 
     latents, latents_next (batch, tokens, channels); sigma, sigma_next, log_density, advantages (batch,).
     """
@@ -80,9 +86,9 @@ class NoisyStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NoisyRollout:
-    """One sampling with noise: latents (num_steps + 1, batch, tokens, channels), of which the last are clean.
+    """One noisy sampling: latents (num_steps + 1, batch, tokens, channels), the last of them clean.
 
-    log_densities (num_steps, batch): 0 for the two steps without noise.
+    log_densities (num_steps, batch) are 0 for the two steps without noise.
     """
 
     latents: Tensor
@@ -96,7 +102,7 @@ class NoisyRollout:
         return self.latents[-1]
 
     def step(self, numbers: Tensor, advantages: Tensor) -> NoisyStep:
-        """Of each sample its step `numbers` (batch,), in [1, num_steps − 2]."""
+        """Return one step for each sample: number `numbers` (batch,), in [1, num_steps − 2]."""
         sigmas = sigma_schedule(self.sampling.num_steps, self.sampling.shift).to(self.latents.device)
         rows = torch.arange(len(numbers))
         return NoisyStep(
@@ -121,7 +127,7 @@ def roll_out_noisily(
     sampling: Sampling,
     noise_level: float,
 ) -> NoisyRollout:
-    """Sample one image a generator, which gives its start noise and then the noise of each step."""
+    """Sample one image for each generator, which draws its start noise and then the noise of each step."""
     size = sampling.height_px, sampling.width_px
     path = [policy.draw_noise(generators, *size)]
     sigmas = sigma_schedule(sampling.num_steps, sampling.shift).to(path[0].device)
@@ -139,7 +145,7 @@ def roll_out_noisily(
 
 
 def log_ratio(step: NoisyStep, policy: Policy, noise_level: float) -> Tensor:
-    """log of the step's density under the policy as it is now over that under the one that sampled: (batch,)."""
+    """Return the log ratio (batch,) of the step's density under the current policy to that when it was sampled."""
     velocity = velocity_at(policy, step.latents, step.sigma, step.conditioning, step.sampling)
     mean, std = noisy_step(step.latents, velocity, step.sigma, step.sigma_next, noise_level)
     return log_density(step.latents_next, mean, std) - step.log_density

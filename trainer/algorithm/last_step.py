@@ -1,16 +1,15 @@
-"""ReFL and DRaFT-LV: the image that a late step predicts, scored, with gradient through that one step alone.
+"""Compute the loss of ReFL and DRaFT-LV: reward the image that one late step predicts, with gradient through that step.
 
-From latents x_sigma near the image: clean = x_sigma − sigma·velocity, an Euler step to sigma 0; then decode, reward,
-loss = Σ weight · relu(margin − reward).
+The step starts from latents x_sigma near the image: clean = x_sigma − sigma·velocity, an Euler step to sigma 0. Then
+decode and reward; loss = Σ weight · relu(margin − reward).
 
-ReFL (Xu et al., arXiv 2304.05977, algorithm 1): x_sigma is met on the way, at a step drawn from the rollout's last
-ones. DRaFT-LV (Clark et al., arXiv 2309.17400, section 4.2): x_sigma is the finished image with fresh noise of the last
-step's sigma; the gradient is the mean over several noises. In both, no gradient flows into x_sigma.
+ReFL (Xu et al., arXiv 2304.05977, algorithm 1) takes x_sigma from the rollout, at one of its last steps, drawn at
+random. DRaFT-LV (Clark et al., arXiv 2309.17400, section 4.2) takes the finished image and adds fresh noise of the last
+step's sigma; its gradient is the mean over several noises. In both, no gradient flows into x_sigma.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from services.config.objective import ObjectiveKind, RewardConfig
 from services.contract import PromptPair
-from trainer.algorithm.reward_loss import BranchReward, Score
+from trainer.algorithm.reward_loss import Score, reward_images
 from trainer.algorithm.rollout import Rollout, Sampling, velocity_at
 from trainer.flow import euler_step, interpolate, sigma_schedule
 from trainer.model.policy import Policy
@@ -29,9 +28,9 @@ from trainer.model.text_encoders import Conditioning
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LateStep:
-    """Latents (batch, tokens, channels) float32 at sigma (batch,), which one trained step takes to sigma 0.
+    """The start of a trained step to sigma 0: latents (batch, tokens, channels) float32 at sigma (batch,).
 
-    image_noise (batch, 3, height, width) is for rewards that compare an image with a noised one.
+    image_noise (batch, 3, height, width) serves rewards that compare an image with a noised one.
     """
 
     latents: Tensor
@@ -44,7 +43,7 @@ class LateStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LateOutcome:
-    """`loss` (0-d, with graph), and to log: rewards (num_rewards, batch)."""
+    """The result of a late step: `loss` (0-d, with graph) to run backward on; to log, rewards (num_rewards, batch)."""
 
     loss: Tensor
     rewards: Tensor
@@ -62,10 +61,10 @@ def roll_out_late(
     num_forwards: int,
     image_noise: Tensor | None = None,
 ) -> LateStep:
-    """ReFL's: each sample as it is after rollout_steps (batch,) Euler steps from `noise` (batch, tokens, channels).
+    """Roll out for ReFL: take each sample after rollout_steps (batch,) Euler steps from `noise`.
 
-    num_forwards: how often the model is called, at least as often as any sample needs, and equally often on all workers
-    (ZeRO stage 3 gathers the weights in each call).
+    noise: (batch, tokens, channels). num_forwards: how often to call the model. It must be enough for every sample and
+    equal on all workers, because ZeRO stage 3 gathers the weights in each call.
     """
     assert int(rollout_steps.max()) <= num_forwards
     sigmas = sigma_schedule(sampling.num_steps, sampling.shift).to(noise.device)
@@ -79,7 +78,7 @@ def roll_out_late(
 
 
 def renoise(rollout: Rollout, noise: Tensor, image_noise: Tensor | None = None) -> LateStep:
-    """DRaFT-LV's: the rollout's images with `noise` (batch, tokens, channels) of the sigma before its last step."""
+    """Add `noise` (batch, tokens, channels) to the rollout's images for DRaFT-LV, at the sigma before the last step."""
     sampling = rollout.sampling
     last = sigma_schedule(sampling.num_steps, sampling.shift)[-2].to(noise.device).expand(len(noise))
     latents = interpolate(rollout.clean, noise, last)
@@ -93,21 +92,13 @@ def late_step_loss(
     kind: ObjectiveKind,
     rewards: Sequence[RewardConfig],
 ) -> LateOutcome:
-    """The mean over the batch of Σ weight · relu(margin − reward) of the predicted images."""
+    """Return the mean over the batch of Σ weight · relu(margin − reward) of the predicted images.
+
+    Raises ValueError as reward_images does.
+    """
     velocity = velocity_at(policy, step.latents, step.sigma, step.conditioning, step.sampling)
     clean = euler_step(step.latents, velocity, step.sigma, torch.zeros_like(step.sigma))
     images = policy.decode_image(clean, step.sampling.height_px, step.sampling.width_px)
-    started = time.perf_counter()
-    judged = [
-        BranchReward(reward, kind, "denoise", torch.zeros(len(images))).judge(
-            images, step.pairs, step.image_noise, score
-        )
-        for reward in rewards
-    ]
-    seconds_reward = time.perf_counter() - started
-    hinges = [
-        reward.weight * each.hinge(reward.margin, reward.satisfied_at)
-        for reward, each in zip(rewards, judged, strict=True)
-    ]
-    values = torch.stack([each.rewards.detach() for each in judged])
-    return LateOutcome(torch.stack(hinges).sum(dim=0).mean(), values, seconds_reward)
+    no_scales = [torch.zeros(len(images))] * len(rewards)
+    rewarded = reward_images(images, step.pairs, rewards, kind, "denoise", no_scales, step.image_noise, score)
+    return LateOutcome(rewarded.hinges.mean(), rewarded.rewards, rewarded.seconds)

@@ -1,4 +1,4 @@
-"""What every method's learner shares: a step's samples, their start, and an update, each the same on any layout.
+"""Define the learner, the base of every training method: roll out a step's samples, learn from them, update.
 
 learner = make_learner(config, engine, policy, score, encode)
 for materials in learner.roll_out(step):
@@ -6,7 +6,7 @@ for materials in learner.roll_out(step):
         learner.learn(material)
     learner.update()
 
-What a sample gets follows from (seed, step, sample index) alone, so that a step is the same on any number of workers.
+All randomness follows from (seed, step, sample index) alone, so a step is the same on any number of workers.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from trainer.draws import draw_words, image_generator, noise_generator, shard
 from trainer.model.engine import Engine
 from trainer.model.policy import Policy
 
-Material = TypeVar("Material")  # what a rollout gives one backward or several
+Material = TypeVar("Material")  # what `learn` takes: an injection, a late step, a noisy step
 
 
 class StepError(ValueError):
-    """A step that would train noise: a number that is not finite, a reward's answer that does not fit.
+    """Raised for a step that would train noise: a number is not finite, or a reward's response does not fit.
 
-    The text names step, worker, prompts and cause.
+    The message names step, worker, prompts and cause.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Samples of one forward: their indices in the global batch `batch` of a step."""
+    """The samples of one forward, by their indices in the global batch `batch` of a step."""
 
     step: int
     indices: tuple[int, ...]
@@ -59,18 +59,18 @@ class MicroBatch:
 
 
 def worker_samples(config: RunConfig, rank: int, num_workers: int) -> range:
-    """A worker's part of a step's global batch: sample indices."""
+    """Return the sample indices that a worker takes of each step's global batch."""
     return shard(config.engine.global_batch, rank, num_workers)
 
 
 class Learner(ABC, Generic[Material]):
-    """The verbs of a step, called on all workers in the same order; `numbers` gathers what they have to tell."""
+    """Base of all learners. All workers call its methods in the same order; `metrics` collects the step's metrics."""
 
     def __init__(self, config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> None:
         self.metrics = StepMetrics()
         self._step = 0
         self._config, self._engine, self._score, self._encode = config, engine, score, encode
-        self._policy = policy.calling(engine.transformer)  # the wrapped one keeps its gradients for the engine
+        self._policy = policy.calling(engine.transformer)  # gradients reach the engine only through its own wrapper
         self._batches = open_batches(config, policy.source)
         rollout, truncate = config.rollout, config.objective.truncate_timestep
         self._samplings = {
@@ -81,14 +81,14 @@ class Learner(ABC, Generic[Material]):
         }
 
     def follow(self, config: RunConfig) -> None:
-        """Go on with the words, scales and weights of `config`, otherwise the same run (helm.py)."""
+        """Go on with the control words, scales and weights of `config`, otherwise the same run (steering.py)."""
         self._config = config
 
     def roll_out(self, step: int) -> list[list[Material]]:
-        """Roll out the worker's prompts, a micro-batch at a time. Returns what to learn from, grouped by update.
+        """Roll out the worker's prompts, one micro-batch at a time. Return what to learn from, grouped by update.
 
-        Of a dataset's images the latents are read instead, and the noise drawn. Raises StepError, as do the other
-        verbs, for the first number that is not finite.
+        A run on a dataset reads the images' latents instead and draws the noise. Raises StepError for the first number
+        that is not finite, as `learn` and `update` do.
         """
         self._step = step
         batch, size = self._batches.batch(step), self._config.engine.micro_batch
@@ -99,14 +99,17 @@ class Learner(ABC, Generic[Material]):
 
     @abstractmethod
     def learn(self, material: Material) -> None:
-        """Forward and backward, as often as num_backwards counts for it."""
+        """Run forward and backward, as often as num_backwards counts for one material."""
 
     @abstractmethod
     def _prepare(self, samples: MicroBatch) -> list[list[Material]]:
-        """Roll out a micro-batch; its materials, grouped by update."""
+        """Roll out a micro-batch and return its materials, grouped by update."""
 
     def update(self) -> None:
-        """One optimiser step. One along a gradient that is not finite costs the weights, but no checkpoint."""
+        """Take one optimizer step. Raise StepError if the gradient is not finite.
+
+        The weights are lost then, but no checkpoint is written after it.
+        """
         with self.metrics.timed("update"):
             grad_norm = self._engine.step()
         if not math.isfinite(grad_norm):
@@ -138,22 +141,22 @@ class Learner(ABC, Generic[Material]):
         )
 
     def _image_noise(self, samples: MicroBatch, number: int) -> Tensor | None:
-        """For rewards that compare an image with a noised one; None where the run has none."""
+        """Return noise (batch, 3, height, width) for rewards that compare with a noised image, or None without them."""
         if all(reward.pair != "noised_image" for reward in self._config.rewards):
             return None
         generators = [image_generator(self._config.seed, samples.step, index, number) for index in samples.indices]
         return torch.stack([torch.randn(3, *samples.batch.size, generator=each) for each in generators])
 
     @contextmanager
-    def _told_of(self, pairs: Sequence[PromptPair], place: str = "") -> Iterator[None]:
-        """Within it, what a reward or its answer is found to be wrong with becomes a StepError of these prompts."""
+    def _locate_errors(self, pairs: Sequence[PromptPair], place: str = "") -> Iterator[None]:
+        """Turn an error of a reward or its response into a StepError that names step, worker and prompts."""
         try:
             yield
         except (ValueError, RewardRejected) as error:
             raise StepError(f"{self._where(pairs)}{place}: {error}") from error
 
     def _require_finite(self, what: str, values: Tensor, pairs: Sequence[PromptPair]) -> None:
-        """`values` has a row for each pair, or is 0-d and made of all of them."""
+        """Raise StepError if a value is not finite. `values` has a row for each pair, or is 0-d and depends on all."""
         is_finite = values.isfinite().flatten(1).all(dim=1) if values.ndim else values.isfinite().expand(len(pairs))
         if not is_finite.all():
             wrong = [pair for pair, fine in zip(pairs, is_finite.tolist(), strict=True) if not fine]

@@ -1,4 +1,4 @@
-"""Prompts in, images out: the Euler sampler without gradient, the Rollout it gives, and what is injected into that."""
+"""Sample images from prompts by Euler steps without gradient, and define what a rollout and an injection hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.model.text_encoders import Conditioning
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How noise becomes an image; `shift` as resolved by Policy.resolve_shift.
+    """The settings of the sampler. `shift` is as resolved by Policy.resolve_shift.
 
     >>> Sampling(num_steps=25, guidance_scale=1.0, shift=3.0, height_px=720, width_px=720)
     """
@@ -31,9 +31,9 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
-    """The two ends of one trajectory without gradient: Direct-Align's anchor and the noise it came from.
+    """Both ends of a trajectory without gradient: the noise it began with and the clean latents, Direct-Align's anchor.
 
-    noise, clean: (batch, tokens, channels) packed float32; one pair an image.
+    noise, clean: (batch, tokens, channels) packed float32. pairs: one for each image.
     """
 
     noise: Tensor
@@ -45,9 +45,10 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Injection:
-    """Known noise to put into a rollout's images: `noise` shaped as rollout.clean, a training level (batch,) for each.
+    """Known noise to add to a rollout's images: `noise` shaped as rollout.clean, a training level (batch,) for each.
 
-    image_noise (batch, 3, height, width) is for rewards that compare an image with a noised one (RewardConfig.pair).
+    image_noise (batch, 3, height, width) serves rewards that compare an image with a noised one (RewardConfig.pair).
+    Raises ValueError if the shapes do not fit the rollout.
     """
 
     rollout: Rollout
@@ -68,7 +69,7 @@ def velocity_at(
     conditioning: Conditioning,
     sampling: Sampling,
 ) -> Tensor:
-    """The velocity that a sampler follows at `latents` (batch, tokens, channels); sigma 0-d or (batch,)."""
+    """Return the velocity that the sampler follows at `latents` (batch, tokens, channels); sigma is 0-d or (batch,)."""
     return policy.predict_velocity(
         latents,
         sigma,
@@ -82,7 +83,7 @@ def velocity_at(
 
 @torch.no_grad()
 def sample(policy: Policy, conditioning: Conditioning, noise: Tensor, sampling: Sampling) -> Tensor:
-    """Clean latents, shaped as `noise` (batch, tokens, channels), by Euler steps from sigma 1 to 0."""
+    """Return clean latents, shaped as `noise` (batch, tokens, channels), after Euler steps from sigma 1 to 0."""
     latents = noise
     for sigma, sigma_next in pairwise(sigma_schedule(sampling.num_steps, sampling.shift).to(noise.device)):
         velocity = velocity_at(policy, latents, sigma, conditioning, sampling)
@@ -97,7 +98,10 @@ def roll_out(
     pairs: tuple[PromptPair, ...],
     sampling: Sampling,
 ) -> Rollout:
-    """Sample a micro-batch of anchors (arXiv 2509.06942, Direct-Align); conditioning is without control words."""
+    """Sample a micro-batch of anchors (arXiv 2509.06942, Direct-Align).
+
+    conditioning is that of the prompts without control words. Raises ValueError if the counts differ.
+    """
     if not len(conditioning) == len(noise) == len(pairs):
         counts = f"{len(conditioning)}, {len(noise)} and {len(pairs)}"
         raise ValueError(f"conditioning, noise and pairs must be one for each image, not {counts}")

@@ -1,4 +1,4 @@
-"""Gather what one worker measures in a step, and average it over all workers.
+"""Collect the metrics of one training step on each worker, and average them over all workers.
 
 metrics = StepMetrics()
 with metrics.timed("rollout"):
@@ -20,27 +20,29 @@ from torch import Tensor
 
 
 class StepMetrics:
-    """What one worker gathers in one step: values by name, and seconds by phase."""
+    """The metrics of one worker in one step: values by name, and seconds by phase."""
 
     def __init__(self) -> None:
         self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def add(self, name: str, values: Tensor | float) -> None:
-        """More values of a name, of any shape; the step's number is the mean of all of them."""
+        """Add values of any shape under a name. The step's metric is the mean of all values of that name."""
         self._values[name].append(torch.as_tensor(values, dtype=torch.float64).detach().cpu().flatten())
 
     def add_seconds(self, phase: str, seconds: float) -> None:
+        """Add seconds to a phase. The step's metric seconds_{phase} is their sum."""
         self.seconds[phase] += seconds
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds spent within the context to a phase."""
         started = time.perf_counter()
         yield
         self.add_seconds(phase, time.perf_counter() - started)
 
     def mean_over_workers(self, device: torch.device) -> dict[str, float]:
-        """The step's numbers, equal on all workers, which call this together with the same names."""
+        """Return the step's metrics, the same on all workers. All workers call this together, with the same names."""
         local = {name: float(torch.cat(values).mean()) for name, values in self._values.items()}
         local |= {f"seconds_{phase}": seconds for phase, seconds in self.seconds.items()}
         names = sorted(local)
@@ -49,14 +51,15 @@ class StepMetrics:
         return dict(zip(names, (sums / dist.get_world_size()).tolist(), strict=True))
 
 
-def progress_line(step: int, num_steps: int, numbers: dict[str, float]) -> str:
-    """
+def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
+    """Return the line that is printed after each step.
+
     >>> progress_line(12, 60, {"reward_denoise": 0.05, "loss": 0.65, "grad_norm": 0.4, "seconds_step": 1.5})
     'step 12/60  reward 0.0500  loss 0.6500  gradient norm 0.400  1.50 s/step  ETA 1:12'
     """
-    reward = next(numbers[name] for name in ("reward_denoise", "reward_invert", "reward") if name in numbers)
-    minutes, seconds = divmod(round((num_steps - step) * numbers["seconds_step"]), 60)
+    reward = next(metrics[name] for name in ("reward_denoise", "reward_invert", "reward") if name in metrics)
+    minutes, seconds = divmod(round((num_steps - step) * metrics["seconds_step"]), 60)
     return (
-        f"step {step}/{num_steps}  reward {reward:.4f}  loss {numbers['loss']:.4f}  "
-        f"gradient norm {numbers['grad_norm']:.3f}  {numbers['seconds_step']:.2f} s/step  ETA {minutes}:{seconds:02d}"
+        f"step {step}/{num_steps}  reward {reward:.4f}  loss {metrics['loss']:.4f}  "
+        f"gradient norm {metrics['grad_norm']:.3f}  {metrics['seconds_step']:.2f} s/step  ETA {minutes}:{seconds:02d}"
     )

@@ -15,9 +15,8 @@ from services.clients.reward import RewardClient
 from services.clients.tracking import Tracker
 from services.config.run import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
-from trainer.algorithm.baselines import make_learner
-from trainer.algorithm.direct_align_learner import num_backwards
 from trainer.algorithm.learner import worker_samples
+from trainer.algorithm.methods import make_learner, num_backwards
 from trainer.algorithm.step_metrics import StepMetrics, progress_line
 from trainer.data.batches import open_batches
 from trainer.data.conditioning import Encode, drawn_prompts, encoder, load_policy, used_prompts

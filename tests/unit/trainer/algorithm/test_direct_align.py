@@ -1,4 +1,4 @@
-"""The loss of a branch: the formula, its gradient by autograd through the rewards, the branch's words and sigmas."""
+"""A branch's loss follows its formula with autograd's gradient, and each branch requests its own words and scales."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def branch_of(injection: Injection, name: BranchName, **objective: Any) -> tuple
 
 
 def loss_of(
-    flux: Policy, injection: Injection, name: BranchName, *rewards: RewardConfig, **objective: Any
+    policy: Policy, injection: Injection, name: BranchName, *rewards: RewardConfig, **objective: Any
 ) -> tuple[Branch, BranchOutcome]:
     branch, settings = branch_of(injection, name, **objective)
-    return branch, branch_loss(branch, injection, flux, LocalReward(), settings, rewards)
+    return branch, branch_loss(branch, injection, policy, LocalReward(), settings, rewards)
 
 
-def rewards_of(flux: Policy, injection: Injection, branch: Branch, scale: Tensor, words: list[str]) -> Tensor:
-    """(1 + k)·positive − negative of the branch's images, all by autograd."""
-    recovered = recover_anchor(branch, injection, flux, ObjectiveConfig()).recovered
-    images = flux.decode_image(recovered, *SIZE)
+def rewards_of(policy: Policy, injection: Injection, branch: Branch, scale: Tensor, words: list[str]) -> Tensor:
+    """Return (1 + k)·positive − negative of the branch's images, computed by autograd alone."""
+    recovered = recover_anchor(branch, injection, policy, ObjectiveConfig()).recovered
+    images = policy.decode_image(recovered, *SIZE)
     sides = words if branch.name == "denoise" else words[::-1]
     positive, negative = (
         torch.cat(
@@ -67,9 +67,9 @@ def scale_of(branch: Branch) -> Tensor:
     return schedule_at(TINY.preference_scale(branch.name), branch.levels, 1000)
 
 
-def assert_same_loss(flux: Policy, ours: Tensor, theirs: Tensor) -> None:
+def assert_same_loss(policy: Policy, ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs)
-    parameters = list(flux.transformer.parameters())
+    parameters = list(policy.transformer.parameters())
     gradients = [torch.autograd.grad(loss, parameters) for loss in (ours, theirs)]
     assert max(gradient.abs().max() for gradient in gradients[1]) > 1e-6
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-8)
@@ -114,15 +114,15 @@ def test_rewards_add_up_with_weights_pairs_scales_and_margins_of_their_own(flux:
     torch.testing.assert_close(outcome.rewards, torch.stack([first, second]).detach())
 
 
-def test_each_branch_asks_for_its_words_and_scales(flux: Policy, injection: Injection) -> None:
+def test_each_branch_requests_its_words_and_scales(flux: Policy, injection: Injection) -> None:
     reward, objective = LocalReward(), ObjectiveConfig()
     both = branches(injection.levels, objective, 3.0)
     for branch in both:
         branch_loss(branch, injection, flux, reward, objective, (TINY,))
     pairs = injection.rollout.pairs
-    assert reward.asked[0] == ("tiny", pairs, tuple(scale_of(both[0]).tolist()))
+    assert reward.requests[0] == ("tiny", pairs, tuple(scale_of(both[0]).tolist()))
     swapped = tuple(PromptPair(pair.prompt, "Flat", "3D") for pair in pairs)
-    assert reward.asked[1] == ("tiny", swapped, tuple(scale_of(both[1]).tolist()))
+    assert reward.requests[1] == ("tiny", swapped, tuple(scale_of(both[1]).tolist()))
 
 
 @pytest.mark.parametrize(("name", "direction"), [("denoise", -1), ("invert", 1)])
@@ -137,7 +137,7 @@ def test_anchor_moves_by_w_times_the_velocity_error(
     torch.testing.assert_close(step.recovered, expected, rtol=0, atol=1e-5)
 
 
-def test_a_fresh_noise_is_the_one_that_is_taken_out_again(flux: Policy, injection: Injection) -> None:
+def test_a_fresh_noise_is_removed_again_after_the_step(flux: Policy, injection: Injection) -> None:
     fresh = flux.draw_noise([torch.Generator().manual_seed(9 + seed) for seed in range(3)], *SIZE)
     other = Injection(injection.rollout, fresh, injection.levels)
     branch, objective = branch_of(injection, "denoise")

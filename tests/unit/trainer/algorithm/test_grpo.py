@@ -1,4 +1,4 @@
-"""GRPO: the noisy sampler keeps the distribution, the ratio begins at 1, and the gradient climbs a known reward."""
+"""GRPO's noisy sampler keeps the distribution, its ratio begins at 1, and its gradient climbs a known reward."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SAMPLING = Sampling(5, 1.0, 3.0, HEIGHT_PX, WIDTH_PX)
 def gaussian_velocity(latents: Tensor, sigma: Tensor, mean: float, std: float) -> Tensor:
     """E[noise − clean | latents], exact where clean ~ N(mean, std²)."""
     variance = (1 - sigma) ** 2 * std**2 + sigma**2
-    centred = (latents - (1 - sigma) * mean) / variance
-    return sigma * centred - (mean + (1 - sigma) * std**2 * centred)
+    centered = (latents - (1 - sigma) * mean) / variance
+    return sigma * centered - (mean + (1 - sigma) * std**2 * centered)
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 1.0])
@@ -81,7 +81,7 @@ def test_the_policy_that_sampled_has_ratio_1_at_every_noisy_step(flux: Policy, r
         assert log_ratio(step, flux, NOISE_LEVEL).abs().max() < 1e-6
 
 
-def test_the_noise_of_an_image_is_its_generators_alone(flux: Policy, rollout: NoisyRollout) -> None:
+def test_the_noise_of_an_image_depends_on_its_generator_alone(flux: Policy, rollout: NoisyRollout) -> None:
     alone = roll_out_noisily(
         flux,
         rollout.conditioning[[2]],

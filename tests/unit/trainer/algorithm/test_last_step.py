@@ -1,4 +1,4 @@
-"""ReFL and DRaFT-LV: where the trained step starts, and its gradient by autograd through the rewards."""
+"""ReFL and DRaFT-LV start their trained step at the right latents, with autograd's gradient through the reward."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_refl_takes_each_sample_at_its_step_of_the_rollout(flux: Policy, rollout
     assert not finished[1].allclose(rollout.clean[1], atol=1e-3)
 
 
-def test_refl_calls_the_model_as_often_as_told_and_takes_the_same(flux: Policy, rollout: Rollout) -> None:
-    """Another worker may have a sample that needs more."""
+def test_refl_runs_num_forwards_forwards_and_takes_the_same_latents(flux: Policy, rollout: Rollout) -> None:
+    """More forwards than needed change nothing: another worker may have a sample that needs them."""
     counts, taken = [], []
     for num_forwards in (2, 4):
         calls: list[object] = []

@@ -103,8 +103,7 @@ def score(name: str, *asked: Any) -> RewardResponse:
 
 def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
     """A training step of each run; worker 0 writes its numbers and the weights after it."""
-    from trainer.algorithm.baselines import make_learner
-    from trainer.algorithm.direct_align_learner import num_backwards
+    from trainer.algorithm.methods import make_learner, num_backwards
     from trainer.model.engine import Engine, init_distributed
 
     device = init_distributed(use_gpu=False)
@@ -226,9 +225,8 @@ def break_steps(rank: int, runs: Sequence[RunConfig], too_wide: RunConfig) -> No
 
 def break_step(rank: int, run: RunConfig) -> None:
     """A reward, a loss, a gradient and a model that are not finite: each is named, with its step."""
-    from trainer.algorithm.baselines import make_learner
-    from trainer.algorithm.direct_align_learner import num_backwards
     from trainer.algorithm.learner import StepError
+    from trainer.algorithm.methods import make_learner, num_backwards
     from trainer.model.engine import Engine
 
     flux = Policy.load(run.model.path, torch.float32)
@@ -262,7 +260,7 @@ def break_step(rank: int, run: RunConfig) -> None:
 
 def refuse_delta_sigma(run: RunConfig) -> None:
     """The workers alone know a dynamic shift, which is the model's."""
-    from trainer.algorithm.baselines import make_learner
+    from trainer.algorithm.methods import make_learner
 
     flux = Policy.load(run.model.path, torch.float32)
     with pytest.raises(ValueError, match=r"objective\.delta_sigma 0\.5 is larger than the range of sigma, \[0\."):

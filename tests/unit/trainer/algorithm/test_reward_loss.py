@@ -1,4 +1,4 @@
-"""Each objective is the reward it says, with the gradient of autograd, in both branches and for both kinds of pair."""
+"""Each objective gives the reward of its formula with autograd's gradient, in both branches, for both kinds of pair."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from services.config.objective import BranchName, ControlWordsConfig, ObjectiveKind, RewardConfig
 from services.contract import PromptPair, RewardResponse
 from tests.local_reward import LocalReward, similarity
-from trainer.algorithm.reward_loss import BranchReward, Judged
+from trainer.algorithm.reward_loss import BranchReward, BranchValues, reward_images
 
 PAIRS = tuple(PromptPair(prompt, "3D", "Flat") for prompt in ("fox", "red heart", "key"))
 SCALE = torch.tensor([0.1, 0.25, -0.4])
@@ -30,12 +30,12 @@ def image_noise() -> Tensor:
     return torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def under(seen: Tensor, texts: list[str]) -> Tensor:
-    return torch.cat([similarity(image[None], text) for image, text in zip(seen, texts, strict=True)])
+def similarities(images: Tensor, texts: list[str]) -> Tensor:
+    return torch.cat([similarity(image[None], text) for image, text in zip(images, texts, strict=True)])
 
 
 def expected(kind: ObjectiveKind, branch: BranchName, bare: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """The table of reward_loss.py, as formulas."""
+    """Return what the table in reward_loss.py says, by its formulas."""
     if branch == "invert":
         positive, negative = negative, positive
     return {
@@ -46,10 +46,10 @@ def expected(kind: ObjectiveKind, branch: BranchName, bare: Tensor, positive: Te
     }[kind]
 
 
-def assert_same_function(ours: Tensor, theirs: Tensor, seen: Tensor) -> None:
+def assert_same_function(ours: Tensor, theirs: Tensor, batch: Tensor) -> None:
     torch.testing.assert_close(ours, theirs)
     weights = torch.tensor([1.0, -2.0, 0.5])
-    gradients = [torch.autograd.grad(weights @ values, seen, retain_graph=True)[0] for values in (ours, theirs)]
+    gradients = [torch.autograd.grad(weights @ values, batch, retain_graph=True)[0] for values in (ours, theirs)]
     assert gradients[1].abs().max() > 1e-4
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
 
@@ -57,66 +57,81 @@ def assert_same_function(ours: Tensor, theirs: Tensor, seen: Tensor) -> None:
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_with_words(kind: ObjectiveKind, branch: BranchName) -> None:
-    seen = images()
-    judged = BranchReward(WORDS, kind, branch, SCALE).judge(seen, PAIRS, None, LocalReward())
-    bare = under(seen, [pair.prompt for pair in PAIRS])
-    positive = under(seen, [f"3D. {pair.prompt}" for pair in PAIRS])
-    negative = under(seen, [f"Flat. {pair.prompt}" for pair in PAIRS])
-    assert_same_function(judged.rewards, expected(kind, branch, bare, positive, negative), seen)
+    batch = images()
+    values = BranchReward(WORDS, kind, branch, SCALE).score_images(batch, PAIRS, None, LocalReward())
+    bare = similarities(batch, [pair.prompt for pair in PAIRS])
+    positive = similarities(batch, [f"3D. {pair.prompt}" for pair in PAIRS])
+    negative = similarities(batch, [f"Flat. {pair.prompt}" for pair in PAIRS])
+    assert_same_function(values.rewards, expected(kind, branch, bare, positive, negative), batch)
     if kind.startswith("srp"):
-        torch.testing.assert_close(judged.differences, (positive - negative).detach())
+        torch.testing.assert_close(values.differences, (positive - negative).detach())
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_with_a_noised_image(kind: ObjectiveKind, branch: BranchName) -> None:
-    seen = images()
+    batch = images()
     reward = LocalReward(reads_text=False)
-    judged = BranchReward(NOISED, kind, branch, SCALE).judge(seen, PAIRS, image_noise(), reward)
-    clean, noised = (under(view, [""] * 3) for view in (seen, (seen + 0.2 * image_noise()).clamp(0, 1)))
-    assert_same_function(judged.rewards, expected(kind, branch, clean, clean, noised), seen)
-    torch.testing.assert_close(judged.differences, (clean - noised).detach())
+    values = BranchReward(NOISED, kind, branch, SCALE).score_images(batch, PAIRS, image_noise(), reward)
+    clean, noised = (similarities(view, [""] * 3) for view in (batch, (batch + 0.2 * image_noise()).clamp(0, 1)))
+    assert_same_function(values.rewards, expected(kind, branch, clean, clean, noised), batch)
+    torch.testing.assert_close(values.differences, (clean - noised).detach())
 
 
 def test_swapping_the_pair_at_k_0_flips_the_sign() -> None:
-    seen, zeros = images(), torch.zeros(3)
+    batch, zeros = images(), torch.zeros(3)
     for kind in ("srp", "srp_guided"):
         there, back = (
-            BranchReward(WORDS, kind, branch, zeros).judge(seen, PAIRS, None, LocalReward()).rewards
+            BranchReward(WORDS, kind, branch, zeros).score_images(batch, PAIRS, None, LocalReward()).rewards
             for branch in BRANCHES
         )
-        assert_same_function(there, -back, seen)
+        assert_same_function(there, -back, batch)
 
 
 def test_a_reward_has_words_of_its_own() -> None:
     reward = WORDS.model_copy(update={"control_words": ControlWordsConfig(positive="Red", negative="Blue")})
-    pairs, _ = BranchReward(reward, "srp", "invert", SCALE).ask(PAIRS)
+    pairs, _ = BranchReward(reward, "srp", "invert", SCALE).request_for(PAIRS)
     assert pairs == tuple(PromptPair(pair.prompt, "Blue", "Red") for pair in PAIRS)
 
 
 @pytest.mark.parametrize("reward", [WORDS, NOISED])
-def test_a_tint_earns_nothing_where_it_is_ignored(reward: RewardConfig) -> None:
-    """The gradient is that of the reward with each channel's mean held; the value stays as it is."""
-    seen, readers = images(), LocalReward(reads_text=reward is WORDS)
+def test_a_reward_that_ignores_tint_gives_no_gradient_for_it(reward: RewardConfig) -> None:
+    """The gradient is that of the reward with each channel's mean held fixed. The value does not change."""
+    batch, local = images(), LocalReward(reads_text=reward is WORDS)
     whole, held = (
         BranchReward(reward.model_copy(update={"ignores_tint": ignored}), "srp", "denoise", SCALE)
-        .judge(seen, PAIRS, image_noise(), readers)
+        .score_images(batch, PAIRS, image_noise(), local)
         .rewards
         for ignored in (False, True)
     )
     assert torch.equal(whole, held)
-    (gradient,), (wanted,) = (torch.autograd.grad(rewards.sum(), seen) for rewards in (held, whole))
-    assert wanted.mean(dim=(2, 3)).abs().max() > 1e-5
-    torch.testing.assert_close(gradient, wanted - wanted.mean(dim=(2, 3), keepdim=True))
+    (gradient,), (whole_gradient,) = (torch.autograd.grad(rewards.sum(), batch) for rewards in (held, whole))
+    assert whole_gradient.mean(dim=(2, 3)).abs().max() > 1e-5
+    torch.testing.assert_close(gradient, whole_gradient - whole_gradient.mean(dim=(2, 3), keepdim=True))
 
 
-def test_hinge_is_flat_beyond_the_margin_and_where_satisfied() -> None:
+def test_the_hinge_is_flat_beyond_the_margin_and_once_satisfied() -> None:
     rewards = torch.tensor([0.9, 0.2, 0.3], requires_grad=True)
-    hinge = Judged(rewards, torch.tensor([0.0, 0.0, 0.5])).hinge(margin=0.7, satisfied_at=0.4)
+    hinge = BranchValues(rewards, torch.tensor([0.0, 0.0, 0.5])).hinge(margin=0.7, satisfied_at=0.4)
     torch.testing.assert_close(hinge, torch.tensor([0.0, 0.5, 0.0]))
     hinge.sum().backward()
     assert rewards.grad is not None
     assert rewards.grad.tolist() == [0, -1, 0]
+
+
+def test_several_rewards_give_their_weighted_hinges_and_their_values() -> None:
+    batch, local = images(), LocalReward()
+    rewards = [WORDS.model_copy(update={"margin": margin, "weight": weight}) for margin, weight in ((0.7, 1), (0.2, 3))]
+    scales = [SCALE, 2 * SCALE]
+    rewarded = reward_images(batch, PAIRS, rewards, "srp_guided", "denoise", scales, None, local)
+    first, second = (
+        BranchReward(reward, "srp_guided", "denoise", scale).score_images(batch, PAIRS, None, local)
+        for reward, scale in zip(rewards, scales, strict=True)
+    )
+    assert torch.equal(rewarded.rewards, torch.stack([first.rewards, second.rewards]).detach())
+    assert torch.equal(rewarded.hinges, first.hinge(0.7, None) + 3 * second.hinge(0.2, None))
+    assert rewarded.hinges.requires_grad
+    assert not rewarded.rewards.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -125,20 +140,22 @@ def test_hinge_is_flat_beyond_the_margin_and_where_satisfied() -> None:
 )
 def test_a_pair_that_does_not_fit_the_reward_is_refused(reward: RewardConfig, reads_text: bool, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        BranchReward(reward, "srp", "denoise", SCALE).judge(images(), PAIRS, image_noise(), LocalReward(reads_text))
+        BranchReward(reward, "srp", "denoise", SCALE).score_images(
+            images(), PAIRS, image_noise(), LocalReward(reads_text)
+        )
 
 
-def test_a_gradient_is_asked_for_only_where_somebody_needs_it() -> None:
-    asked = []
+def test_a_gradient_is_requested_only_if_the_images_need_one() -> None:
+    requests_gradient = []
 
-    def score(*question: Any) -> RewardResponse:
-        asked.append(question[-1])
-        return LocalReward()(*question)
+    def score(*request: Any) -> RewardResponse:
+        requests_gradient.append(request[-1])
+        return LocalReward()(*request)
 
     reward, leaf = BranchReward(WORDS, "srp", "denoise", SCALE), images()
-    needed = reward.judge(leaf, PAIRS, None, score).rewards
-    free = reward.judge(leaf.detach(), PAIRS, None, score).rewards
-    assert asked == [True, False]
+    needed = reward.score_images(leaf, PAIRS, None, score).rewards
+    free = reward.score_images(leaf.detach(), PAIRS, None, score).rewards
+    assert requests_gradient == [True, False]
     assert needed.requires_grad
     assert not free.requires_grad
     assert needed.equal(free)
@@ -146,9 +163,11 @@ def test_a_gradient_is_asked_for_only_where_somebody_needs_it() -> None:
 
 @pytest.mark.parametrize("needs_gradient", [True, False])
 def test_a_reward_that_is_not_finite_is_refused(needs_gradient: bool) -> None:
-    def score(*question: Any) -> RewardResponse:
-        answer = LocalReward()(*question)
+    def score(*request: Any) -> RewardResponse:
+        answer = LocalReward()(*request)
         return replace(answer, rewards=answer.rewards * math.nan)
 
     with pytest.raises(ValueError, match="non-finite"):
-        BranchReward(WORDS, "srp", "denoise", SCALE).judge(images().requires_grad_(needs_gradient), PAIRS, None, score)
+        BranchReward(WORDS, "srp", "denoise", SCALE).score_images(
+            images().requires_grad_(needs_gradient), PAIRS, None, score
+        )

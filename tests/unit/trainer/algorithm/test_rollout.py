@@ -1,4 +1,4 @@
-"""Our sampler draws what FluxPipeline draws: same noise, prompt and guidance, static and dynamic shift."""
+"""Our sampler draws what FluxPipeline draws from the same noise, prompt and guidance, at static and dynamic shift."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in (7, 8)]
 
 
-def draw(flux: Policy, shift: float, guidance_scale: float) -> torch.Tensor:
-    conditioning = flux.encode_prompts(PROMPTS[:2], MAX_SEQUENCE_LENGTH)
-    noise = flux.draw_noise(generators(), HEIGHT_PX, WIDTH_PX)
-    return sample(flux, conditioning, noise, Sampling(6, guidance_scale, shift, HEIGHT_PX, WIDTH_PX))
+def draw(policy: Policy, shift: float, guidance_scale: float) -> torch.Tensor:
+    conditioning = policy.encode_prompts(PROMPTS[:2], MAX_SEQUENCE_LENGTH)
+    noise = policy.draw_noise(generators(), HEIGHT_PX, WIDTH_PX)
+    return sample(policy, conditioning, noise, Sampling(6, guidance_scale, shift, HEIGHT_PX, WIDTH_PX))
 
 
 @pytest.mark.parametrize("shift", [3.0, "dynamic"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
 def test_sampler_equals_flux_pipeline(tmp_path: Path, shift: float | str, guidance_scale: float) -> None:
     folder = make_tiny_flux(tmp_path, use_dynamic_shifting=shift == "dynamic")
-    flux = Policy.load(str(folder), torch.float32)
-    latents = draw(flux, flux.resolve_shift(shift, HEIGHT_PX, WIDTH_PX), guidance_scale)  # type: ignore[arg-type]
+    policy = Policy.load(str(folder), torch.float32)
+    latents = draw(policy, policy.resolve_shift(shift, HEIGHT_PX, WIDTH_PX), guidance_scale)  # type: ignore[arg-type]
     pipeline = FluxPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     theirs = {
@@ -46,7 +46,7 @@ def test_sampler_equals_flux_pipeline(tmp_path: Path, shift: float | str, guidan
         for kind in ("latent", "pt")
     }
     torch.testing.assert_close(latents, theirs["latent"], rtol=0, atol=1e-5)
-    images = flux.decode_image(latents, HEIGHT_PX, WIDTH_PX)
+    images = policy.decode_image(latents, HEIGHT_PX, WIDTH_PX)
     torch.testing.assert_close(images, theirs["pt"], rtol=0, atol=1e-5)
 
 
@@ -70,11 +70,11 @@ def test_rollout_of_unequal_counts_is_refused(flux: Policy) -> None:
         rolled_out(flux, PROMPTS[:2], num_pairs=1)
 
 
-def rolled_out(flux: Policy, prompts: tuple[str, ...], num_pairs: int = 2) -> Rollout:
+def rolled_out(policy: Policy, prompts: tuple[str, ...], num_pairs: int = 2) -> Rollout:
     return roll_out(
-        flux,
-        conditioning=flux.encode_prompts(prompts, MAX_SEQUENCE_LENGTH),
-        noise=flux.draw_noise(generators()[: len(prompts)], HEIGHT_PX, WIDTH_PX),
+        policy,
+        conditioning=policy.encode_prompts(prompts, MAX_SEQUENCE_LENGTH),
+        noise=policy.draw_noise(generators()[: len(prompts)], HEIGHT_PX, WIDTH_PX),
         pairs=tuple(PromptPair(prompt, "3D", "Flat") for prompt in prompts[:num_pairs]),
         sampling=Sampling(4, 1.0, 3.0, HEIGHT_PX, WIDTH_PX),
     )
