@@ -1,1 +1,1 @@
-"""Draw pictures, measure them, decide whether a run may go on."""
+"""Draw images of fixed prompts, measure them, guard a running training, and report with confidence intervals."""

@@ -1,8 +1,8 @@
-"""Confidence intervals by drawing the prompts again: the paired bootstrap, pure statistics.
+"""Compute confidence intervals by the paired bootstrap, which draws the prompts again with replacement.
 
 Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 (resampling units), 10 (bias), 13
-(percentiles). The prompt is the unit, because pictures of one prompt are alike. Two policies are compared on the same
-draws of prompts, so that what is hard about a prompt cancels out of their difference.
+(percentiles). The prompt is the resampling unit, because images of one prompt resemble each other. Two policies are
+compared on the same draws of prompts, so the difficulty of a prompt cancels out of their difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """
+    """A number with the ends of its confidence interval.
+
     >>> Interval(value=0.70, low=0.63, high=0.77)
     """
 
@@ -27,11 +28,15 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
+        """Return whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 
 def draws_of_prompts(num_prompts: int, num_images_per_prompt: int, num_draws: int, seed: int) -> Iterator[Tensor]:
-    """`num_draws` times the rows (num_prompts · num_images_per_prompt,) of prompts drawn with replacement."""
+    """Yield `num_draws` draws of prompts with replacement, each as the rows of all images of the prompts drawn.
+
+    Rows: (num_prompts · num_images_per_prompt,).
+    """
     random = np.random.default_rng(seed)
     within = torch.arange(num_images_per_prompt)
     for _ in range(num_draws):
@@ -40,10 +45,10 @@ def draws_of_prompts(num_prompts: int, num_images_per_prompt: int, num_draws: in
 
 
 def interval(value: float, drawn: Tensor, confidence: float) -> Interval:
-    """Of a number's `value` on all prompts and on each draw of prompts (num_draws,).
+    """Return the interval of a number: `value` on all prompts, `drawn` on each draw of prompts (num_draws,).
 
-    The draws' spread about their own mean, laid around the value: numbers of a set, such as a Fréchet distance, are
-    biased on a draw because pictures repeat in it, and this takes the bias out.
+    The interval is the spread of the draws about their own mean, shifted to the value. This removes the bias of numbers
+    of a whole set, such as a Fréchet distance, which arises because images repeat within a draw.
     """
     spread = drawn.double() - drawn.double().mean()
     low, high = torch.quantile(spread, spread.new_tensor([(1 - confidence) / 2, (1 + confidence) / 2])).tolist()

@@ -1,4 +1,4 @@
-"""Draw fixed prompts with fixed noise, on one worker or spread over all of them, and keep what was drawn."""
+"""Draw images of fixed prompts from fixed noise, on one worker or on all together, and save them with numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.model.policy import Policy
 
 @dataclass(frozen=True, slots=True)
 class PictureSet:
-    """What every evaluation of a run draws: one prompt an image (repeats get noise of their own), in fixed order."""
+    """The images that every evaluation of a run draws: one prompt for each, in fixed order; repeats differ in noise."""
 
     prompts: tuple[str, ...]
     seed: int
@@ -33,9 +33,10 @@ class PictureSet:
     generator: Callable[[int, int], torch.Generator] = evaluation_generator  # of (seed, image_index)
 
     def shard(self, num_images: int, rank: int, world_size: int) -> list[int]:
-        """The indices that one worker draws of the first `num_images`: every world_size-th, the last one filling up.
+        """Return the indices of the first `num_images` that one worker draws: every world_size-th.
 
-        Shards are equally long: ZeRO stage 3 needs as many forwards on every worker, and a gather equal shapes.
+        Shards are equally long, filled up with the last index: ZeRO stage 3 needs the same number of forwards on every
+        worker, and gather needs equal shapes.
         """
         num_rounds = math.ceil(num_images / world_size)
         return [min(rank + turn * world_size, num_images - 1) for turn in range(num_rounds)]
@@ -46,9 +47,9 @@ class PictureSet:
         encode: Encode,
         num_images: int,
     ) -> Tensor | None:
-        """The first `num_images` images, (num_images, 3, height, width) uint8 on worker 0 and None on the others.
+        """Draw the first `num_images` images. Return (num_images, 3, height, width) uint8 on worker 0, None elsewhere.
 
-        Called on all workers at once; `encode` gives the conditioning of prompts of this worker's shard.
+        All workers call this together. `encode` gives the conditioning of prompts of this worker's shard.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         indices = self.shard(num_images, rank, world_size)
@@ -59,7 +60,7 @@ class PictureSet:
         return torch.stack(parts, dim=1).flatten(0, 1)[:num_images].cpu() if parts else None
 
     def draw_alone(self, policy: Policy, encode: Encode) -> Tensor:
-        """All images, (num_images, 3, height, width) uint8, by this process alone."""
+        """Draw all images in this process alone. Return (num_images, 3, height, width) uint8."""
         indices = range(len(self.prompts))
         chunks = [indices[start : start + self.batch] for start in range(0, len(indices), self.batch)]
         return torch.cat([self._draw_chunk(policy, encode, chunk) for chunk in chunks]).cpu()
@@ -78,7 +79,7 @@ class PictureSet:
 
 
 def evaluation_pictures(config: RunConfig, shift: float) -> PictureSet:
-    """The images of an evaluation: every held-out prompt, num_images_per_prompt times."""
+    """Return the images of an evaluation: every held-out prompt, num_images_per_prompt times."""
     evaluation, size = config.evaluation, (config.model.height_px, config.model.width_px)
     labels = load_prompts(evaluation.prompts_path, config.prompts.column)
     prompts = tuple(label for label in labels for _ in range(evaluation.num_images_per_prompt))
@@ -88,20 +89,22 @@ def evaluation_pictures(config: RunConfig, shift: float) -> PictureSet:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluation:
-    """What one policy drew and its numbers: images (num_images, 3, height, width) uint8."""
+    """The images that one policy drew, (num_images, 3, height, width) uint8, and their numbers by metric name."""
 
     images: Tensor
     numbers: dict[str, float]
 
     def save(self, path: Path) -> None:
+        """Write images and numbers to one safetensors file."""
         save_file({"images": self.images}, path, metadata={"numbers": json.dumps(self.numbers)})
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
+        """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
             return cls(file.get_tensor("images"), json.loads(file.metadata()["numbers"]))
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] rounded to 8 bits, laid out as files want them: an autoencoder's have the channels last."""
+    """Round images in [0, 1] to 8 bits, contiguous as files need them: an autoencoder returns channels last."""
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Lay images out as one picture for people: a grid with captions, or before and after side by side."""
+"""Lay images out as one picture: a grid with captions, or before and after side by side."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MIN_TILE_PX = 96  # smaller images are enlarged by a whole factor, so that a person sees them
+_MIN_TILE_PX = 96  # smaller images are enlarged by a whole factor
 _CAPTION_PX = 16
 
 
 def picture_grid(images: Tensor, captions: Sequence[str], num_columns: int) -> PIL.Image.Image:
-    """Images (num_images, 3, height, width) uint8 in rows, each above its caption."""
+    """Return images (num_images, 3, height, width) uint8 as one picture, in rows, each above its caption."""
     factor = max(1, math.ceil(_MIN_TILE_PX / images.shape[2]))
     height, width = images.shape[2] * factor, images.shape[3] * factor
     num_rows = math.ceil(len(images) / num_columns)
@@ -28,17 +28,17 @@ def picture_grid(images: Tensor, captions: Sequence[str], num_columns: int) -> P
         x, y = index % num_columns * width, index // num_columns * (height + _CAPTION_PX)
         tile = PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         grid.paste(tile.resize((width, height), PIL.Image.Resampling.NEAREST), (x, y))
-        pen.text((x + 2, y + height + 1), _shortened(caption, font, width - 4), fill="black", font=font)
+        pen.text((x + 2, y + height + 1), _shorten(caption, font, width - 4), fill="black", font=font)
     return grid
 
 
 def before_after(base: Tensor, aligned: Tensor, prompts: Sequence[str], num_columns: int = 4) -> PIL.Image.Image:
-    """Pairs of the same prompt and seed: the base policy's image left, the aligned one's right, then a white gap."""
+    """Return pairs of the same prompt and seed as one picture: the base policy's image left, the aligned's right."""
     pairs = F.pad(torch.cat([base, aligned], dim=3), (0, max(2, base.shape[3] // 16)), value=255)
     return picture_grid(pairs, prompts, num_columns)
 
 
-def _shortened(text: str, font: Any, width_px: int) -> str:
+def _shorten(text: str, font: Any, width_px: int) -> str:
     while font.getlength(text) > width_px:
         text = text[:-2] + "…"
     return text

@@ -1,7 +1,7 @@
-"""The guard of a running training: at its checks it draws pictures, measures them, and knows whether the run must end.
+"""Check a running training: at fixed steps measure its images, keep the numbers, and say whether the run must end.
 
-Worker 0 measures. Every worker notes the numbers that the rules name, so that all decide alike (stop_rules.py) and
-nobody waits for a worker that has stopped. The notes travel in the checkpoints.
+Worker 0 measures (measurements.py). Every worker keeps the numbers that the stop rules name, so all decide alike
+(stop_rules.py) and nobody waits for a worker that has stopped. The checkpoints contain these numbers.
 """
 
 from __future__ import annotations
@@ -29,143 +29,156 @@ from trainer.evaluation.measurements import Measurements, Measurer, metric_names
 from trainer.evaluation.similarities import similarities
 from trainer.evaluation.stop_rules import Check, best_check, broken_rule, exported_check, require_sound_base
 
-_NOTES = "guard.json"
-_BASE_PICTURES = "guard_base.safetensors"
+_CHECKS_FILE = "guard.json"
+_BASE_IMAGES_FILE = "guard_base.safetensors"
 
 
 class Guard:
-    """What the guard holds between checks; it has a measurer on worker 0 only. `folder` is the run's."""
+    """The guard of a run, with the checks made so far. `settings` is the run's guard section.
+
+    Only worker 0 has a measurer.
+    """
 
     def __init__(
         self,
         config: RunConfig,
-        guard: GuardConfig,
+        settings: GuardConfig,
         sampling: Sampling,
         measurer: Measurer | None,
         device: torch.device,
     ) -> None:
-        self._guard, self._num_steps, self._wanted = guard, config.num_steps, _wanted(config)
+        self._settings, self._num_steps = settings, config.num_steps
+        self._wanted_distance = _distance_to_positive(config)
         self._measurer, self._device = measurer, device
-        self._base_path = config.output_dir / config.name / _BASE_PICTURES
+        self._base_path = config.output_dir / config.name / _BASE_IMAGES_FILE
         self._base: Measurements | None = None
         self._checks: list[Check] = []
-        each = guard.num_images_per_prompt
-        prompts = tuple(prompt for prompt in guard_prompts(config, guard) for _ in range(each))
+        num_each = settings.num_images_per_prompt
+        prompts = tuple(prompt for prompt in guard_prompts(config, settings) for _ in range(num_each))
         self.pictures = PictureSet(prompts, config.seed, config.evaluation.batch, sampling, guard_generator)
 
     def is_due(self, step: int) -> bool:
-        return step % self._guard.every_num_steps == 0 or step == self._num_steps
+        """Return whether a check is due after `step` optimizer steps."""
+        return step % self._settings.every_num_steps == 0 or step == self._num_steps
 
     def check(self, step: int, images: Tensor | None) -> dict[str, float]:
-        """Measure the guard's pictures and note what the rules name. Called on all workers; the numbers on worker 0.
+        """Measure the guard's images and keep the numbers that the rules name. Return all numbers, on worker 0.
 
-        `images` as PictureSet.draw gives them. Raises ValueError for a number that is not finite, and at step 0 for a
-        rule that the base model already breaks.
+        All workers call this together; `images` are as PictureSet.draw returns them. Raises ValueError for a number
+        that is not finite, and at step 0 for a rule that the base model already breaks.
         """
-        numbers = {} if self._measurer is None or images is None else self._measured(self._measurer, step, images)
-        names = sorted(set(self._guard.metrics.values()))
+        numbers = {} if self._measurer is None or images is None else self._measure(self._measurer, step, images)
+        names = sorted(set(self._settings.metrics.values()))
         values = torch.tensor([numbers.get(name, math.nan) for name in names], dtype=torch.float64, device=self._device)
         dist.broadcast(values, src=0)
-        noted = dict(zip(names, values.tolist(), strict=True))
-        if wrong := {name: value for name, value in noted.items() if not math.isfinite(value)}:
-            raise ValueError(f"step {step}: the guard cannot judge by numbers that are not finite: {wrong}")
-        self._checks = [check for check in self._checks if check.step < step] + [Check(step, noted)]
-        require_sound_base(self._guard, self._checks[0])
+        kept = dict(zip(names, values.tolist(), strict=True))
+        if wrong := {name: value for name, value in kept.items() if not math.isfinite(value)}:
+            raise ValueError(f"step {step}: the guard cannot decide on numbers that are not finite: {wrong}")
+        self._checks = [check for check in self._checks if check.step < step] + [Check(step, kept)]
+        require_sound_base(self._settings, self._checks[0])
         return numbers
 
     @property
     def broken_rule(self) -> str | None:
-        """Why the run must end now, with the numbers; None while it may go on."""
-        return broken_rule(self._guard, self._checks)
+        """Return why the run must end now, with the numbers, or None while it may go on."""
+        return broken_rule(self._settings, self._checks)
 
     @property
     def last_step(self) -> int:
-        """The step of the last check."""
+        """Return the step of the last check."""
         return self._checks[-1].step
 
     @property
     def exported_step(self) -> int:
-        """The step whose weights the run gives, if it ends at the last check."""
-        return exported_check(self._guard, self._checks).step
+        """Return the step whose weights the run exports if it ends at the last check."""
+        return exported_check(self._settings, self._checks).step
 
     def is_best(self, step: int) -> bool:
-        """Whether the last check was made at `step` and is the best so far: its weights must be kept."""
-        return self.last_step == step == best_check(self._guard, self._checks).step
+        """Return whether the last check was made at `step` and is the best so far, so that its weights must be kept."""
+        return self.last_step == step == best_check(self._settings, self._checks).step
 
     def save(self, folder: Path) -> None:
-        notes = [asdict(check) for check in self._checks]
-        (folder / _NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        """Write the checks so far into a checkpoint's folder."""
+        checks = [asdict(check) for check in self._checks]
+        (folder / _CHECKS_FILE).write_text(json.dumps(checks, indent=2) + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        notes = json.loads((folder / _NOTES).read_text(encoding="utf-8"))
-        self._checks = [Check(**note) for note in notes]
+        """Read the checks that `save` wrote."""
+        checks = json.loads((folder / _CHECKS_FILE).read_text(encoding="utf-8"))
+        self._checks = [Check(**check) for check in checks]
 
-    def _measured(self, measurer: Measurer, step: int, images: Tensor) -> dict[str, float]:
-        seen = measurer.measure(images, self.pictures.prompts, None if step == 0 else self._base_seen(measurer))
+    def _measure(self, measurer: Measurer, step: int, images: Tensor) -> dict[str, float]:
+        base = None if step == 0 else self._base_measurements(measurer)
+        measurements = measurer.measure(images, self.pictures.prompts, base)
         if step == 0:
-            self._base = seen
+            self._base = measurements
             self._base_path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"images": images}, self._base_path)
-        numbers = measurer.summarize(seen)
-        if (wanted := numbers.get(self._wanted)) is not None:
-            numbers["frechet_wanted"] = wanted
+        numbers = measurer.summarize(measurements)
+        if (distance := numbers.get(self._wanted_distance)) is not None:
+            numbers["frechet_wanted"] = distance
         return {f"guard/{name}": number for name, number in numbers.items()}
 
-    def _base_seen(self, measurer: Measurer) -> Measurements:
-        """The base model's pictures; a resumed run has them from its folder."""
+    def _base_measurements(self, measurer: Measurer) -> Measurements:
+        """Return those of the base model's images; a resumed run reads the images from its folder."""
         if self._base is None:
             self._base = measurer.measure(load_file(self._base_path)["images"], self.pictures.prompts)
         return self._base
 
 
-def guard_prompts(config: RunConfig, guard: GuardConfig) -> tuple[str, ...]:
-    """The prompts of every check. Raises PromptsError where there are fewer than guard.num_prompts."""
-    return tuple(each.prompt for each in located_guard_prompts(config, guard))
+def guard_prompts(config: RunConfig, settings: GuardConfig) -> tuple[str, ...]:
+    """Return the prompts of every check. Raise PromptsError if there are fewer than guard.num_prompts."""
+    return tuple(each.prompt for each in located_guard_prompts(config, settings))
 
 
-def reward_metrics(config: RunConfig, guard: GuardConfig) -> dict[str, str]:
-    """Name of the number -> reward: those trained on, by their names where there are several, and the held-out one."""
+def reward_metrics(config: RunConfig, settings: GuardConfig) -> dict[str, str]:
+    """Return metric name -> reward, for the rewards that the run trains on and the held-out one.
+
+    The only reward that a run trains on has the metric "reward"; several have their own names in it.
+    """
     names = [reward.name for reward in config.rewards]
     trained = {f"reward_{name}": name for name in names} if len(names) > 1 else {"reward": names[0]}
-    return trained | ({"held_out_reward": guard.held_out_reward} if guard.held_out_reward else {})
+    return trained | ({"held_out_reward": settings.held_out_reward} if settings.held_out_reward else {})
 
 
-def guard_measurer(config: RunConfig, guard: GuardConfig, client: RewardClient, judges: Judges | None) -> Measurer:
-    """What measures the pictures of the checks: the rewards of `client`'s service, the judges, real pictures."""
+def guard_measurer(config: RunConfig, settings: GuardConfig, client: RewardClient, judges: Judges | None) -> Measurer:
+    """Return what measures the images of the checks, by the rewards of `client`'s service, judges and real pictures."""
     rewards = {
-        name: partial(similarities, client, config, reward) for name, reward in reward_metrics(config, guard).items()
+        name: partial(similarities, client, config, reward) for name, reward in reward_metrics(config, settings).items()
     }
-    return Measurer(rewards, judges, config.evaluation.reference_path, guard.num_images_per_prompt)
+    return Measurer(rewards, judges, config.evaluation.reference_path, settings.num_images_per_prompt)
 
 
-def check_guard(config: RunConfig, guard: GuardConfig, offered: Collection[str]) -> None:
-    """Raise ValueError, before anything starts, for a guard that could not look or judge; `offered` rewards are served.
+def check_guard(config: RunConfig, settings: GuardConfig, offered: Collection[str]) -> None:
+    """Raise ValueError, before anything starts, if the guard cannot work as the run file sets it.
 
-    Raises PromptsError where there are too few prompts.
+    `offered`: the rewards that the service has. Raises PromptsError if there are too few prompts.
     """
-    prompts, judges, held_out = guard_prompts(config, guard), config.evaluation.judge_path, guard.held_out_reward
+    prompts, judges, held_out = guard_prompts(config, settings), config.evaluation.judge_path, settings.held_out_reward
     if judges and (unknown := sorted(set(prompts) - set(Judges.subjects(judges)))):
         raise ValueError(f"evaluation.judge_path knows no subject {unknown[0]!r} of the guard's prompts")
     if held_out in {reward.name for reward in config.rewards}:
         raise ValueError(f"guard.held_out_reward {held_out!r} is one that the run trains on: give another")
     if held_out is not None and held_out not in offered:
         raise ValueError(f"guard.held_out_reward {held_out!r} is not served; served: {', '.join(offered)}")
-    measured = measured_metrics(config, guard)
-    for key, metric in guard.metrics.items():
+    measured = measured_metrics(config, settings)
+    for key, metric in settings.metrics.items():
         if metric not in measured:
             raise ValueError(f"{key} {metric!r} is not measured; measured: {', '.join(sorted(measured))}")
 
 
-def measured_metrics(config: RunConfig, guard: GuardConfig) -> set[str]:
-    """The names of all that a check of this run measures.
+def measured_metrics(config: RunConfig, settings: GuardConfig) -> set[str]:
+    """Return the names of all numbers that a check of this run measures.
 
-    frechet_wanted is the distance to real pictures of the positive word, where the judge knows a style of that name:
-    a rule on it serves a pair and its reverse.
+    frechet_wanted is the distance to real pictures of the positive word, if the judge knows a style of that name. A
+    rule on it serves both a prompt pair and its reverse.
     """
-    evaluation, rewards = config.evaluation, list(reward_metrics(config, guard))
-    names = metric_names(rewards, evaluation.judge_path, evaluation.reference_path, guard.num_images_per_prompt)
-    return {f"guard/{name}" for name in names | ({"frechet_wanted"} if _wanted(config) in names else set())}
+    evaluation, rewards = config.evaluation, list(reward_metrics(config, settings))
+    names = metric_names(rewards, evaluation.judge_path, evaluation.reference_path, settings.num_images_per_prompt)
+    names |= {"frechet_wanted"} if _distance_to_positive(config) in names else set()
+    return {f"guard/{name}" for name in names}
 
 
-def _wanted(config: RunConfig) -> str:
+def _distance_to_positive(config: RunConfig) -> str:
+    """Return the metric name of the distance to real pictures of the positive word."""
     return f"frechet_{config.control_words.positive}"

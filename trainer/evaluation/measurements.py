@@ -1,11 +1,11 @@
-"""Pictures of one policy -> its numbers: what rewards, judges and statistics say of each picture and of all together.
+"""Measure the images of one policy: collect the values of rewards, judges and statistics, and reduce them to numbers.
 
     measurer = Measurer({"reward": similarities}, judges, reference_path=None, num_images_per_prompt=2)
     base = measurer.measure(base_images, prompts)
     aligned = measurer.measure(aligned_images, prompts, base)
     measurer.summarize(aligned)["frechet_Flat"]
 
-A row is a picture. The num_images_per_prompt pictures of a prompt follow each other, so that rows can be drawn again
+A row is an image. The num_images_per_prompt images of a prompt are consecutive, so that the bootstrap can draw rows
 prompt by prompt (bootstrap.py).
 """
 
@@ -30,30 +30,30 @@ from trainer.evaluation.statistics import (
     pixel_distance,
 )
 
-# images (num_images, 3, height, width) uint8 and a prompt each -> similarities (num_images,) under the positive and
-# under the negative word
+# images (num_images, 3, height, width) uint8 with one prompt for each -> similarities (num_images,) under the positive
+# and under the negative word
 Similarities = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 _STATISTICS = ("saturation", "dark_share", "edge_density", "colour_entropy", "lattice_share")
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_BATCH = 32  # pictures measured at a time
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_BATCH = 32  # images measured at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measurements:
-    """images (num_images, 3, height, width) uint8; what was seen of each: values (num_images,), features (…, d)."""
+    """Images (num_images, 3, height, width) uint8, with values (num_images,) by name and features (num_images, d)."""
 
     images: Tensor
     values: dict[str, Tensor]
     features: Tensor
 
     def rows(self, rows: Tensor) -> Measurements:
-        """These rows only, in this order; a row may come twice."""
+        """Return the values and features of these rows, in this order; a row may occur twice."""
         values = {name: value[rows] for name, value in self.values.items()}
         return Measurements(self.images, values, self.features[rows])
 
 
 class Measurer:
-    """All that measures: rewards by the name of their number ("reward…"), judges, and a folder of real pictures."""
+    """Measures images by rewards (whose metrics begin with "reward"), judges, and a folder of real pictures."""
 
     def __init__(
         self,
@@ -67,39 +67,42 @@ class Measurer:
         self._reference_path = reference_path
 
     def measure(self, images: Tensor, prompts: Sequence[str], base: Measurements | None = None) -> Measurements:
-        """Look at uint8 images drawn for these prompts, one each; `base`: the base model's, the same prompts and seeds.
+        """Measure uint8 images, drawn for one prompt each.
 
-        Without `base` they are the base model's own.
+        `base` are the measurements of the base model's images, for the same prompts and seeds. Without `base` the
+        images are the base model's own.
         """
         values = self._reward_values(images, prompts) | _by_batch(picture_statistics, images)
         if self._judges is None:
             features = torch.cat([picture_features(chunk) for chunk in images.split(_BATCH)])
         else:
-            judged, features = self._judges.look(images, prompts, _BATCH)
+            judged, features = self._judges.judge(images, prompts, _BATCH)
             values |= judged
-        seen = Measurements(images, values, features)
-        base = base or seen
+        measurements = Measurements(images, values, features)
+        base = base or measurements
         values["base_pixel_distance"] = torch.cat(
             [pixel_distance(*pair) for pair in zip(images.split(_BATCH), base.images.split(_BATCH), strict=True)]
         )
         values["base_feature_distance"] = feature_distance(features, base.features)
-        return seen
+        return measurements
 
-    def summarize(self, seen: Measurements) -> dict[str, float]:
-        """Means of what was seen of each picture, and what only a set of pictures has."""
-        gaussian = gaussian_of(seen.features)
-        numbers = {name: float(value.double().mean()) for name, value in seen.values.items()}
-        numbers |= {name: frechet_distance(*gaussian, *real) for name, real in self._real(seen).items()}
-        by_prompt = seen.features.double().unflatten(0, (-1, self._num_images_per_prompt))
+    def summarize(self, measurements: Measurements) -> dict[str, float]:
+        """Return the means of all values, and the numbers of the whole set: Fréchet distances and diversity."""
+        gaussian = gaussian_of(measurements.features)
+        numbers = {name: float(value.double().mean()) for name, value in measurements.values.items()}
+        numbers |= {
+            name: frechet_distance(*gaussian, *real) for name, real in self._reference_gaussians(measurements).items()
+        }
+        by_prompt = measurements.features.double().unflatten(0, (-1, self._num_images_per_prompt))
         numbers["diversity_prompts"] = float(diversity(by_prompt[:, 0]))
         if self._num_images_per_prompt > 1:
             numbers["diversity_seeds"] = float(diversity(by_prompt).mean())
         return numbers
 
-    def _real(self, seen: Measurements) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Mean and covariance of real pictures' features, by the name of the distance to them."""
+    def _reference_gaussians(self, measurements: Measurements) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Return mean and covariance of real pictures' features, by the metric name of the distance to them."""
         if self._reference_path is not None and "frechet_reference" not in self._references:
-            real = read_pictures(self._reference_path, *seen.images.shape[2:])
+            real = read_pictures(self._reference_path, *measurements.images.shape[2:])
             features = self._judges.features(real, _BATCH) if self._judges else picture_features(real)
             self._references = {**self._references, "frechet_reference": gaussian_of(features)}
         return self._references
@@ -116,7 +119,7 @@ class Measurer:
 def metric_names(
     rewards: Sequence[str], judge_path: Path | None, reference_path: Path | None, num_images_per_prompt: int
 ) -> set[str]:
-    """The names of all that a measurer measures, without making one."""
+    """Return the names of all numbers that a Measurer with these arguments gives, without making one."""
     names = {*rewards, *map(common_mode_name, rewards), *_STATISTICS, "diversity_prompts"}
     names |= {"base_pixel_distance", "base_feature_distance"}
     names |= Judges.metrics(judge_path) if judge_path else set()
@@ -125,7 +128,8 @@ def metric_names(
 
 
 def common_mode_name(reward: str) -> str:
-    """
+    """Return the name of the common mode that belongs to a reward's metric.
+
     >>> common_mode_name("reward"), common_mode_name("reward_hpsv2.1")
     ('common_mode', 'common_mode_hpsv2.1')
     """
@@ -133,18 +137,21 @@ def common_mode_name(reward: str) -> str:
 
 
 def read_pictures(folder: Path, height_px: int, width_px: int) -> Tensor:
-    """All pictures of a folder as (num_images, 3, height_px, width_px) uint8, transparency on white.
+    """Read all pictures of a folder as (num_images, 3, height_px, width_px) uint8, transparency on white.
 
-    Raises ValueError naming the file that is no picture, and what picture_files raises.
+    Raises ValueError as picture_files does, and naming a file that is no picture.
     """
     return torch.stack([_read_picture(file, height_px, width_px) for file in picture_files(folder)])
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder by name. Raises ValueError where there is no folder or fewer than two pictures."""
+    """Return the pictures of a folder, sorted by name.
+
+    Raises ValueError if there is no such folder, or it has fewer than two pictures.
+    """
     if not folder.is_dir():
         raise ValueError(f"evaluation.reference_path {folder} is not a folder: give one, or null to do without")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     if len(files) < 2:
         raise ValueError(f"evaluation.reference_path {folder} has {len(files)} PNG, JPEG or WebP files, not 2 or more")
     return files
@@ -161,5 +168,6 @@ def _read_picture(file: Path, height_px: int, width_px: int) -> Tensor:
 
 
 def _by_batch(measure: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
+    """Apply `measure` to _BATCH images at a time, and join the values."""
     parts = [measure(chunk) for chunk in images.split(_BATCH)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

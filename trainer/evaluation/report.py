@@ -1,4 +1,4 @@
-"""A comparison of policies as one HTML file that needs nothing else: numbers with intervals, pictures side by side."""
+"""Render a comparison of policies as one self-contained HTML file: numbers with intervals, images side by side."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ img { width: 128px; image-rendering: pixelated; display: block }
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Column:
-    """One policy: images (num_images, 3, height, width) uint8, numbers by name, and their differences from the base's.
+    """One policy's images (num_images, 3, height, width) uint8, numbers by name, and differences from the base's.
 
     The base model's own column has no differences.
     """
@@ -37,11 +37,11 @@ class Column:
     differences: Mapping[str, Interval]
 
 
-def render(title: str, explained: str, columns: Sequence[Column], captions: Sequence[str]) -> str:
-    """The page; `captions` name the rows of pictures that are shown, the first ones of each column."""
+def render(title: str, introduction: str, columns: Sequence[Column], captions: Sequence[str]) -> str:
+    """Return the page. `captions` name the rows of images to show, which are the first ones of each column."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(explained)}</p>"
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(introduction)}</p>"
         f"{_table(columns)}<h2>Pictures</h2>{_pictures(columns, captions)}</html>\n"
     )
 
@@ -56,17 +56,18 @@ def _table(columns: Sequence[Column]) -> str:
 
 
 def _cell(column: Column, name: str) -> str:
-    cell = f"{_told(column.numbers[name])}"
+    cell = _format(column.numbers[name])
     if name in column.differences:
         difference = column.differences[name]
         mark = ' class="clear"' if difference.excludes_zero else ""
-        cell += f"<small{mark}>{_told(difference, '+')}</small>"
+        cell += f"<small{mark}>{_format(difference, '+')}</small>"
     return f"<td>{cell}</td>"
 
 
-def _told(interval: Interval, sign: str = "") -> str:
-    """
-    >>> _told(Interval(0.7, 0.63, 0.77), "+")
+def _format(interval: Interval, sign: str = "") -> str:
+    """Return an interval as text.
+
+    >>> _format(Interval(0.7, 0.63, 0.77), "+")
     '+0.7 [+0.63, +0.77]'
     """
     return f"{interval.value:{sign}.4g} [{interval.low:{sign}.4g}, {interval.high:{sign}.4g}]"
@@ -83,9 +84,9 @@ def _pictures(columns: Sequence[Column], captions: Sequence[str]) -> str:
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _picture(image: Tensor, described: str) -> str:
-    """An <img> with the picture in itself, as a PNG in a data URI."""
+def _picture(image: Tensor, alt: str) -> str:
+    """Return an <img> that contains the image as a PNG in a data URI."""
     file = io.BytesIO()
     PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(described)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'

@@ -1,4 +1,4 @@
-"""Ask a served reward how well images fit their prompts under the run's two control words."""
+"""Get a served reward's similarities of images to their prompts under the run's positive and negative control word."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.contract import PromptPair, RewardRequest, RewardResponse, Weighte
 
 
 class Scores(Protocol):
-    """What answers reward requests: RewardClient, or a scorer in the same process."""
+    """Answers reward requests: a RewardClient, or a scorer in the same process."""
 
     def score(self, request: RewardRequest, /) -> RewardResponse: ...
 
@@ -21,17 +21,17 @@ class Scores(Protocol):
 def similarities(
     client: Scores, config: RunConfig, reward: str, images: Tensor, prompts: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Of images (num_images, 3, height, width) uint8 to their prompts: (num_images,) under positive and negative word.
+    """Return the similarities (num_images,) of images to their prompts, under the positive and the negative word.
 
-    The words are the reward's own where the run trains on it and gives it some, else the run's. Their difference is the
-    reward at preference_scale 0; a scale above 0 would reward the subject as well.
+    images: (num_images, 3, height, width) uint8. The words are the reward's own if the run gives it some, else the
+    run's. The difference of the two is the reward at preference_scale 0; a scale above 0 would also reward the subject.
     """
     words = {each.name: each.control_words for each in config.rewards}.get(reward) or config.control_words
-    asked, batch, positive, negative = (WeightedReward(reward),), config.evaluation.batch, [], []
+    requested, batch, positive, negative = (WeightedReward(reward),), config.evaluation.batch, [], []
     for start in range(0, len(images), batch):
         pairs = tuple(PromptPair(each, words.positive, words.negative) for each in prompts[start : start + batch])
         chunk = (images[start : start + batch].float() / 255).numpy()
-        response = client.score(RewardRequest(chunk, pairs, (0.0,) * len(pairs), asked, with_gradient=False))
+        response = client.score(RewardRequest(chunk, pairs, (0.0,) * len(pairs), requested, with_gradient=False))
         positive.append(torch.tensor(response.positive_similarities[0]))
         negative.append(torch.tensor(response.negative_similarities[0]))
     return torch.cat(positive), torch.cat(negative)

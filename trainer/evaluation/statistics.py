@@ -1,7 +1,7 @@
-"""Numbers of pictures by which a policy is seen to go astray: pure statistics, tensors in, tensors out.
+"""Compute statistics of images that reveal reward hacking, such as saturation and diversity: one pure formula each.
 
-A reward can be pleased by a tint, by contrast, or by the same picture again and again. None of these numbers knows the
-reward or the words; each is one formula, with its source where it has one.
+A policy can please a reward by a tint, by contrast, or by repeating one image. These statistics depend neither on the
+reward nor on the words. Tensors in, tensors out; each formula has its source, if there is one.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_DARK = 0.2  # luma below which a pixel counts as dark
-_EDGE = 0.1  # change of luma per pixel from which a pixel counts as an edge
-_COLOUR_LEVELS = 4  # per channel: 64 colours
+_DARK = 0.2  # a pixel with luma below this is dark
+_EDGE = 0.1  # a pixel where luma changes by this much per pixel, or more, is an edge
+_COLOR_LEVELS = 4  # per channel: 64 colors
 _CELLS = 4  # rows and columns of the fixed features
 _TOKEN_PX = 16  # a transformer token's width and height in every FLUX: 8 of the VAE × 2 of the patch
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 
 
 def picture_statistics(images: Tensor) -> dict[str, Tensor]:
-    """By name, (num_images,) float64 of images (num_images, 3, height, width) uint8.
+    """Return statistics (num_images,) float64 by name, of images (num_images, 3, height, width) uint8.
 
     saturation: mean over pixels of (max − min) / max of the channels, 0 for black (HSV; Smith 1978); in [0, 1].
     dark_share: share of pixels with luma below 0.2.
-    edge_density: share of pixels where luma changes by 0.1 or more a pixel (Sobel's operator).
-    colour_entropy: −Σ p log2 p over 64 colours, 4 levels a channel, in bits; at most 6.
-    lattice_share: share of luma's variance that repeats with the period of a token, 16 pixels; in [0, 1], 0 for one
-    colour. Rewards that are pushed too far are pleased by such a lattice, which people see and judges often do not.
+    edge_density: share of pixels where luma changes by 0.1 per pixel or more (Sobel's operator).
+    colour_entropy: −Σ p log2 p over 64 colors, 4 levels per channel, in bits; at most 6.
+    lattice_share: share of luma's variance that repeats with the period of a token, 16 pixels; in [0, 1], 0 for a
+    single color. Over-optimized rewards favor such a lattice, which people see and judges often do not.
     """
     pixels = images.double() / 255
     brightest, darkest = pixels.amax(dim=1), pixels.amin(dim=1)
@@ -35,15 +35,15 @@ def picture_statistics(images: Tensor) -> dict[str, Tensor]:
         "saturation": saturation.mean(dim=(1, 2)),
         "dark_share": (_luma(pixels) < _DARK).double().mean(dim=(1, 2)),
         "edge_density": (_edge_strength(pixels) >= _EDGE).double().mean(dim=(1, 2)),
-        "colour_entropy": _colour_entropy(images),
+        "colour_entropy": _color_entropy(images),
         "lattice_share": _lattice_share(_luma(pixels)),
     }
 
 
 def picture_features(images: Tensor) -> Tensor:
-    """Features (num_images, 64) that need no network: mean colour and mean edge strength in 4 × 4 cells.
+    """Return features (num_images, 64) without a network: mean color and mean edge strength in 4 × 4 cells.
 
-    They stand in for a judge's features where a run has no judge: they see colour, layout and contrast, not content.
+    They replace a judge's features in a run without judges. They show color, layout and contrast, not content.
     """
     pixels = images.double() / 255
     layers = torch.cat([pixels, _edge_strength(pixels)[:, None]], dim=1)
@@ -51,7 +51,10 @@ def picture_features(images: Tensor) -> Tensor:
 
 
 def diversity(features: Tensor) -> Tensor:
-    """Mean Euclidean distance of all pairs of features (…, n, d), n ≥ 2, of one set each; (…)."""
+    """Return the mean Euclidean distance (…) of all pairs of features within each set (…, n, d).
+
+    Raises ValueError if n < 2.
+    """
     num = features.shape[-2]
     if num < 2:
         raise ValueError(f"{num} picture has no diversity: two or more are needed")
@@ -61,19 +64,22 @@ def diversity(features: Tensor) -> Tensor:
 
 
 def pixel_distance(images: Tensor, base: Tensor) -> Tensor:
-    """Mean absolute difference of pixels in [0, 1], (num_images,), of uint8 images of the same prompts and seeds."""
+    """Return the mean absolute difference (num_images,) of pixels in [0, 1].
+
+    images, base: uint8, drawn for the same prompts and seeds.
+    """
     return (images.double() - base.double()).abs().mean(dim=(1, 2, 3)) / 255
 
 
 def feature_distance(features: Tensor, base: Tensor) -> Tensor:
-    """Euclidean distance (num_images,) of features (num_images, d) to those of the base model's pictures."""
+    """Return the Euclidean distance (num_images,) of features (num_images, d) to those of the base model's images."""
     return (features - base).norm(dim=1)
 
 
 def common_mode(positive: Tensor, negative: Tensor) -> Tensor:
-    """(positive + negative) / 2, (num_images,): what the relative reward positive − negative does not see.
+    """Return (positive + negative) / 2, (num_images,), which the relative reward positive − negative does not see.
 
-    Where it rises above the base model's, the pictures please the reward model whatever the words (METHOD.md).
+    If it rises above the base model's, the images please the reward model whatever the words.
     """
     return (positive + negative) / 2
 
@@ -83,8 +89,11 @@ def _luma(pixels: Tensor) -> Tensor:
 
 
 def _lattice_share(luma: Tensor) -> Tensor:
-    """Variance of the mean of all 16 × 16 tiles over that of all pixels: by Parseval's theorem, the share of the
-    spectrum's power, mean left out, at the multiples of 1 / 16 pixel. luma (n, height, width); what is over is cut."""
+    """Return the variance of the mean 16 × 16 tile over that of all pixels, (n,), of luma (n, height, width).
+
+    By Parseval's theorem it is the share of the spectrum's power, without the mean, at the multiples of 1 / 16 pixel.
+    Rows and columns beyond whole tiles are cut.
+    """
     height, width = (min(_TOKEN_PX, size) for size in luma.shape[1:])
     rows, columns = (size - size % _TOKEN_PX or size for size in luma.shape[1:])
     tiles = luma[:, :rows, :columns].unflatten(2, (-1, width)).unflatten(1, (-1, height))
@@ -93,16 +102,16 @@ def _lattice_share(luma: Tensor) -> Tensor:
 
 
 def _edge_strength(pixels: Tensor) -> Tensor:
-    """Change of luma per pixel (num_images, height, width), by Sobel's operator / 8; a border repeats its pixels."""
+    """Return the change of luma per pixel (num_images, height, width): Sobel's operator / 8, borders repeated."""
     across = pixels.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
     kernels = torch.stack([across, across.T])[:, None]
     slopes = F.conv2d(F.pad(_luma(pixels)[:, None], (1, 1, 1, 1), mode="replicate"), kernels)
     return slopes.norm(dim=1)
 
 
-def _colour_entropy(images: Tensor) -> Tensor:
-    levels = images.long() * _COLOUR_LEVELS // 256
-    colours = (levels[:, 0] * _COLOUR_LEVELS + levels[:, 1]) * _COLOUR_LEVELS + levels[:, 2]
-    counts = torch.stack([each.bincount(minlength=_COLOUR_LEVELS**3) for each in colours.flatten(1)]).double()
+def _color_entropy(images: Tensor) -> Tensor:
+    levels = images.long() * _COLOR_LEVELS // 256
+    colors = (levels[:, 0] * _COLOR_LEVELS + levels[:, 1]) * _COLOR_LEVELS + levels[:, 2]
+    counts = torch.stack([each.bincount(minlength=_COLOR_LEVELS**3) for each in colors.flatten(1)]).double()
     shares = counts / counts.sum(dim=1, keepdim=True)
     return torch.special.entr(shares).sum(dim=1) / torch.log(torch.tensor(2.0, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Intervals against what statistics knows in closed form."""
+"""Bootstrap intervals agree with those known in closed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard of a run in one process: what it notes, when it ends, and that its notes survive a checkpoint."""
+"""The guard of a run in one process: what it measures, when it ends the run, what it saves in a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def lone_worker() -> Iterator[None]:
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """A reward that likes bright pictures whatever the words, and the positive word a little more."""
+    """A reward for bright images whatever the words, a little higher under the positive one."""
     bright = images.double().mean(dim=(1, 2, 3)) / 255
     assert len(prompts) == len(images)
     return bright + 0.1, bright
 
 
-def make_watch(
-    folder: Path, judges: Path | None = None, evaluation: dict[str, Any] | None = None, **guard: Any
+def make_guard(
+    folder: Path, judges: Path | None = None, evaluation: dict[str, Any] | None = None, **settings: Any
 ) -> Guard:
     tree = yaml.safe_load((ROOT / "deploy/runs/tiny_srpo.yaml").read_text(encoding="utf-8"))
     tree["prompts"]["path"] = str(ROOT / tree["prompts"]["path"])
     tree["evaluation"] |= {"judge_path": judges and str(judges), "batch": 3} | (evaluation or {})
-    tree["guard"] = {"num_prompts": 4, "stop_when": [RULE]} | guard
+    tree["guard"] = {"num_prompts": 4, "stop_when": [RULE]} | settings
     (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     config = load_run_config(folder / "run.yaml")
     config = config.model_copy(update={"output_dir": folder})
@@ -68,36 +68,36 @@ def pictures(level: int) -> Tensor:
 
 
 def test_checks_are_due_at_the_base_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
-    watch = make_watch(tmp_path, every_num_steps=4)
-    assert [step for step in range(7) if watch.is_due(step)] == [0, 4, 6]
+    guard = make_guard(tmp_path, every_num_steps=4)
+    assert [step for step in range(7) if guard.is_due(step)] == [0, 4, 6]
 
 
 def test_prompts_are_some_of_the_training_prompts_and_always_the_same(tmp_path: Path) -> None:
-    first, second = make_watch(tmp_path, num_prompts=20), make_watch(tmp_path, num_prompts=20)
+    first, second = make_guard(tmp_path, num_prompts=20), make_guard(tmp_path, num_prompts=20)
     assert first.pictures.prompts == second.pictures.prompts
     assert len(set(first.pictures.prompts)) == 20
     assert set(first.pictures.prompts) <= set(load_prompts(ROOT / "deploy/tiny/prompts/train.txt", "prompt"))
 
 
-def test_a_reward_that_is_pleased_whatever_the_words_ends_the_run(tmp_path: Path) -> None:
-    watch = make_watch(tmp_path)
-    numbers = watch.check(0, pictures(51))
+def test_a_reward_that_rises_whatever_the_words_ends_the_run(tmp_path: Path) -> None:
+    guard = make_guard(tmp_path)
+    numbers = guard.check(0, pictures(51))
     assert numbers["guard/common_mode"] == pytest.approx(0.25)
     assert numbers["guard/reward"] == pytest.approx(0.1), "the difference does not see it"
-    assert watch.is_best(0)
-    watch.check(10, pictures(70))
-    assert watch.is_best(10)
-    assert watch.broken_rule is None
-    watch.check(20, pictures(90))
-    assert watch.broken_rule is not None
-    assert (watch.last_step, watch.exported_step, watch.is_best(20)) == (20, 10, False)
+    assert guard.is_best(0)
+    guard.check(10, pictures(70))
+    assert guard.is_best(10)
+    assert guard.broken_rule is None
+    guard.check(20, pictures(90))
+    assert guard.broken_rule is not None
+    assert (guard.last_step, guard.exported_step, guard.is_best(20)) == (20, 10, False)
 
 
-def test_notes_survive_a_checkpoint_and_a_repeated_check(tmp_path: Path) -> None:
-    watch, resumed = make_watch(tmp_path), make_watch(tmp_path)
+def test_checks_survive_a_checkpoint_and_a_repeated_check(tmp_path: Path) -> None:
+    guard, resumed = make_guard(tmp_path), make_guard(tmp_path)
     for step, level in ((0, 51), (10, 90), (20, 60)):
-        watch.check(step, pictures(level))
-    watch.save(tmp_path)
+        guard.check(step, pictures(level))
+    guard.save(tmp_path)
     resumed.load(tmp_path)
     assert (resumed.last_step, resumed.exported_step) == (20, 20)
     resumed.check(10, pictures(51))  # from a checkpoint before it
@@ -110,15 +110,15 @@ def test_notes_survive_a_checkpoint_and_a_repeated_check(tmp_path: Path) -> None
 
 
 def test_a_resumed_guard_still_knows_the_base_pictures(tmp_path: Path) -> None:
-    watch, resumed = make_watch(tmp_path), make_watch(tmp_path)
-    assert watch.check(0, pictures(51))["guard/base_pixel_distance"] == 0
-    watch.save(tmp_path)
+    guard, resumed = make_guard(tmp_path), make_guard(tmp_path)
+    assert guard.check(0, pictures(51))["guard/base_pixel_distance"] == 0
+    guard.save(tmp_path)
     resumed.load(tmp_path)
     assert resumed.check(10, pictures(255))["guard/base_pixel_distance"] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("with_judges", [True, False])
-def test_all_that_is_announced_is_measured_and_nothing_else(tmp_path: Path, with_judges: bool) -> None:
+def test_a_check_measures_exactly_the_announced_metrics(tmp_path: Path, with_judges: bool) -> None:
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     (tmp_path / "real").mkdir()
     for index, image in enumerate(images):
@@ -126,10 +126,10 @@ def test_all_that_is_announced_is_measured_and_nothing_else(tmp_path: Path, with
     evaluation = {"reference_path": str(tmp_path / "real")}
     judges = None
     if with_judges:
-        prompts = make_watch(tmp_path).pictures.prompts
+        prompts = make_guard(tmp_path).pictures.prompts
         judges = make_tiny_judges(tmp_path / "judge", ("3D", "Flat"), prompts, images[:4])
-    watch = make_watch(tmp_path, judges, evaluation, num_images_per_prompt=2, held_out_reward="other")
-    numbers = watch.check(0, images)
+    guard = make_guard(tmp_path, judges, evaluation, num_images_per_prompt=2, held_out_reward="other")
+    numbers = guard.check(0, images)
     config = load_run_config(tmp_path / "run.yaml")
     assert config.guard is not None
     assert set(numbers) == measured_metrics(config, config.guard)
@@ -140,7 +140,7 @@ def test_all_that_is_announced_is_measured_and_nothing_else(tmp_path: Path, with
 
 
 def test_a_number_that_is_not_finite_ends_the_run_by_name(tmp_path: Path) -> None:
-    watch = make_watch(tmp_path)
-    watch._measurer = Measurer({"reward": lambda *_: (torch.full((4,), math.nan), torch.zeros(4))}, None, None, 1)
+    guard = make_guard(tmp_path)
+    guard._measurer = Measurer({"reward": lambda *_: (torch.full((4,), math.nan), torch.zeros(4))}, None, None, 1)
     with pytest.raises(ValueError, match=r"step 0: .*not finite.*guard/common_mode"):
-        watch.check(0, pictures(0))
+        guard.check(0, pictures(0))

@@ -1,4 +1,4 @@
-"""A measurer's numbers are means and set statistics over pictures, for all rows or any draw of them."""
+"""A Measurer's numbers are means and set statistics over images, for all rows and for any draw of them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def measurer(tmp_path: Path) -> Measurer:
 
 
 def test_numbers_are_those_announced_and_the_judges_own(measurer: Measurer, tmp_path: Path) -> None:
-    seen = measurer.measure(painted(), PROMPTS)
-    numbers = measurer.summarize(seen)
+    measurements = measurer.measure(painted(), PROMPTS)
+    numbers = measurer.summarize(measurements)
     assert set(numbers) == metric_names(["reward"], tmp_path, None, num_images_per_prompt=2)
     alone = Judges.load(tmp_path, torch.device("cpu")).numbers(painted(), PROMPTS, batch=4)
     assert {f"eval/{name}": numbers[name] for name in ("frechet_3D", "frechet_Flat", "subject_top5")} == pytest.approx(
@@ -49,7 +49,7 @@ def test_any_rows_give_the_numbers_of_just_these_pictures(measurer: Measurer) ->
     rows = torch.tensor([4, 5, 0, 1, 4, 5])
     drawn = measurer.summarize(measurer.measure(painted(), PROMPTS).rows(rows))
     fresh = measurer.summarize(measurer.measure(painted()[rows], [PROMPTS[row] for row in rows]))
-    candidates_differ = {"subject_top5"}  # it is sought among the prompts that are evaluated
+    candidates_differ = {"subject_top5"}  # its candidates are the prompts that are evaluated
     for name in drawn.keys() - candidates_differ:
         assert drawn[name] == pytest.approx(fresh[name]), name
 

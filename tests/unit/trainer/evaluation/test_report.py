@@ -1,4 +1,4 @@
-"""The report needs no other file, shows every number and picture, and takes no text for markup."""
+"""The report needs no other file, shows every number and image, and escapes every text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.evaluation.report import Column, render
 
 
 class Page(HTMLParser):
-    """Tags that were opened and not closed, and all addresses that the page names."""
+    """Parses a page: its tags, those that are not closed, and all its addresses."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def page() -> str:
     numbers = {"reward": Interval(0.25, 0.2, 0.3), "frechet_Flat": Interval(3.0, 2.0, 4.0)}
     moved = {"reward": Interval(0.1, 0.05, 0.15), "frechet_Flat": Interval(0.5, -1.0, 2.0)}
     columns = [Column("base", images, numbers, {}), Column("<aligned>", images + 1, numbers, moved)]
-    return render("a & b", "why", columns, ["cat", '"><script>alert(1)</script>'])
+    return render("a & b", "an introduction", columns, ["cat", '"><script>alert(1)</script>'])
 
 
 def test_it_is_well_formed_and_needs_nothing_else() -> None:
@@ -52,7 +52,7 @@ def test_it_is_well_formed_and_needs_nothing_else() -> None:
     assert "http" not in page()
 
 
-def test_pictures_stand_in_their_place_unchanged() -> None:
+def test_images_are_in_their_places_unchanged() -> None:
     data = [address.split(",")[1] for address in Page(page()).addresses]
     reds = [int(np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(text))))[0, 0, 0]) for text in data]
     assert reds == [0, 1, 100, 101]

@@ -1,4 +1,4 @@
-"""Pictures whose numbers are known: flat colours, stripes, chessboards; and what distances must always fulfil."""
+"""Statistics of images whose numbers are known, such as flat colors and lattices, and properties of the distances."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainer.evaluation.statistics import (
 )
 
 
-def flat(*colours: tuple[int, int, int], size: int = 8) -> Tensor:
-    return torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, 3, size, size).contiguous()
+def flat(*colors: tuple[int, int, int], size: int = 8) -> Tensor:
+    return torch.tensor(colors, dtype=torch.uint8)[:, :, None, None].expand(-1, 3, size, size).contiguous()
 
 
 def noise(num_images: int = 4) -> Tensor:
@@ -44,16 +44,16 @@ def test_edges_are_where_luma_changes() -> None:
     assert picture_statistics(images)["edge_density"].tolist() == [2 / 8, 0.0, 0.0]
 
 
-def test_colour_entropy_is_the_logarithm_of_equally_frequent_colours() -> None:
+def test_color_entropy_is_the_logarithm_of_equally_frequent_colors() -> None:
     images = flat((0, 0, 0), (0, 0, 0), (10, 20, 30))
     images[1, :, :, 4:] = 255
     assert picture_statistics(images)["colour_entropy"].tolist() == pytest.approx([0.0, 1.0, 0.0])
     values = torch.tensor([0, 64, 128, 192], dtype=torch.uint8)
-    every_colour = torch.cartesian_prod(values, values, values).T.reshape(1, 3, 8, 8)
-    assert picture_statistics(every_colour)["colour_entropy"].item() == pytest.approx(6.0)
+    every_color = torch.cartesian_prod(values, values, values).T.reshape(1, 3, 8, 8)
+    assert picture_statistics(every_color)["colour_entropy"].item() == pytest.approx(6.0)
 
 
-def test_a_larger_copy_has_the_same_colours_and_the_same_share_of_dark() -> None:
+def test_a_larger_copy_has_the_same_colors_and_the_same_share_of_dark() -> None:
     images = noise()
     large = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     for name in ("saturation", "dark_share", "colour_entropy"):
@@ -72,7 +72,7 @@ def test_lattice_share_is_the_power_at_the_multiples_of_a_tokens_frequency() -> 
     assert picture_statistics(flat((9, 9, 9), size=64))["lattice_share"].item() == pytest.approx(0.0)
 
 
-def test_fixed_features_are_the_mean_colours_of_cells_and_see_layout() -> None:
+def test_fixed_features_are_the_mean_colors_of_cells_and_see_layout() -> None:
     image = flat((255, 0, 0))
     features = picture_features(image)
     assert features.shape == (1, 64)

@@ -1,4 +1,4 @@
-"""Rules against numbers written by hand: when a run ends, and whose weights it then gives."""
+"""Stop rules on checks written by hand: when a run ends, and which weights it then exports."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trainer.evaluation.stop_rules import Check, best_check, bound, broken_rule,
 FRECHET, SHARE = "guard/frechet_Flat", "guard/style_share_Flat"
 
 
-def guard(*rules: dict[str, Any], keep_best: dict[str, str] | None = None) -> GuardConfig:
+def settings(*rules: dict[str, Any], keep_best: dict[str, str] | None = None) -> GuardConfig:
     return GuardConfig.model_validate({"stop_when": rules, "keep_best": keep_best})
 
 
-def course(*values: float, shares: tuple[float, ...] = ()) -> list[Check]:
-    """Checks every ten steps with these Fréchet distances, and shares that are 0.5 where none is given."""
+def checks_of(*values: float, shares: tuple[float, ...] = ()) -> list[Check]:
+    """Return checks every ten steps with these Fréchet distances, and with shares of 0.5 if none are given."""
     shares = shares or (0.5,) * len(values)
     pairs = zip(values, shares, strict=True)
     return [Check(10 * index, {FRECHET: value, SHARE: share}) for index, (value, share) in enumerate(pairs)]
@@ -40,55 +40,55 @@ def test_bounds_are_shares_of_the_base_value_or_absolute(rule: dict[str, float],
 
 
 def test_a_rule_ends_the_run_at_the_first_check_beyond_its_bound() -> None:
-    rules = guard({"metric": FRECHET, "rises_by": 0.5})
-    assert broken_rule(rules, course(4.0, 5.9, 6.0)) is None
-    told = broken_rule(rules, course(4.0, 5.9, 6.1))
-    assert told == "guard/frechet_Flat 6.1 at step 20: rises_by 0.5 (base 4, bound 6)"
+    rules = settings({"metric": FRECHET, "rises_by": 0.5})
+    assert broken_rule(rules, checks_of(4.0, 5.9, 6.0)) is None
+    reason = broken_rule(rules, checks_of(4.0, 5.9, 6.1))
+    assert reason == "guard/frechet_Flat 6.1 at step 20: rises_by 0.5 (base 4, bound 6)"
 
 
 def test_patience_counts_checks_on_end() -> None:
-    rules = guard({"metric": FRECHET, "above": 6.0, "num_checks": 2})
-    assert broken_rule(rules, course(4.0, 7.0, 5.0, 7.0)) is None
-    told = broken_rule(rules, course(4.0, 7.0, 5.0, 7.0, 8.0))
-    assert told is not None
-    assert "7, 8 at step 30, 40: above 6 for 2 checks" in told
+    rules = settings({"metric": FRECHET, "above": 6.0, "num_checks": 2})
+    assert broken_rule(rules, checks_of(4.0, 7.0, 5.0, 7.0)) is None
+    reason = broken_rule(rules, checks_of(4.0, 7.0, 5.0, 7.0, 8.0))
+    assert reason is not None
+    assert "7, 8 at step 30, 40: above 6 for 2 checks" in reason
 
 
 def test_a_falling_metric_and_any_of_several_rules_end_a_run() -> None:
-    rules = guard({"metric": FRECHET, "rises_by": 9.0}, {"metric": SHARE, "falls_by": 0.2})
-    assert broken_rule(rules, course(4.0, 5.0, shares=(0.5, 0.41))) is None
-    assert broken_rule(rules, course(4.0, 5.0, shares=(0.5, 0.39))) is not None
+    rules = settings({"metric": FRECHET, "rises_by": 9.0}, {"metric": SHARE, "falls_by": 0.2})
+    assert broken_rule(rules, checks_of(4.0, 5.0, shares=(0.5, 0.41))) is None
+    assert broken_rule(rules, checks_of(4.0, 5.0, shares=(0.5, 0.39))) is not None
 
 
 def test_without_keep_best_the_last_sound_check_is_given_or_the_last_step() -> None:
-    rules = guard({"metric": FRECHET, "above": 6.0, "num_checks": 2})
-    assert exported_check(rules, course(4.0, 5.0, 5.5)).step == 20
-    assert exported_check(rules, course(4.0, 5.0, 7.0)).step == 20, "no rule has ended the run"
-    assert exported_check(rules, course(4.0, 5.0, 7.0, 7.0)).step == 10
-    assert exported_check(rules, course(4.0, 7.0, 7.0)).step == 0, "the base model"
+    rules = settings({"metric": FRECHET, "above": 6.0, "num_checks": 2})
+    assert exported_check(rules, checks_of(4.0, 5.0, 5.5)).step == 20
+    assert exported_check(rules, checks_of(4.0, 5.0, 7.0)).step == 20, "no rule has ended the run"
+    assert exported_check(rules, checks_of(4.0, 5.0, 7.0, 7.0)).step == 10
+    assert exported_check(rules, checks_of(4.0, 7.0, 7.0)).step == 0, "the base model"
 
 
 @pytest.mark.parametrize(("goal", "step"), [("max", 10), ("min", 30)])
 def test_keep_best_chooses_among_sound_checks(goal: str, step: int) -> None:
-    rules = guard({"metric": FRECHET, "above": 6.0}, keep_best={"metric": SHARE, "goal": goal})
-    checks = course(4.0, 5.0, 5.0, 5.0, 9.0, shares=(0.5, 0.7, 0.7, 0.4, 0.9 if goal == "max" else 0.1))
+    rules = settings({"metric": FRECHET, "above": 6.0}, keep_best={"metric": SHARE, "goal": goal})
+    checks = checks_of(4.0, 5.0, 5.0, 5.0, 9.0, shares=(0.5, 0.7, 0.7, 0.4, 0.9 if goal == "max" else 0.1))
     assert exported_check(rules, checks[:4]).step == step, "also where no rule has ended the run"
     assert exported_check(rules, checks).step == step
 
 
 def test_a_check_is_the_best_so_far_only_until_a_better_one() -> None:
-    rules = guard(keep_best={"metric": FRECHET, "goal": "min"})
+    rules = settings(keep_best={"metric": FRECHET, "goal": "min"})
     values = (4.0, 5.0, 3.0, 3.0, 2.0)
-    best = [best_check(rules, course(*values[: length + 1])).step for length in range(5)]
+    best = [best_check(rules, checks_of(*values[: length + 1])).step for length in range(5)]
     assert best == [0, 0, 20, 20, 40]
 
 
 def test_a_rule_that_the_base_model_breaks_is_refused_with_its_numbers() -> None:
     with pytest.raises(ValueError, match=r"guard\.stop_when\.1.*guard/frechet_Flat 4, above 3"):
-        require_sound_base(guard({"metric": SHARE, "above": 1}, {"metric": FRECHET, "above": 3}), course(4.0)[0])
+        require_sound_base(settings({"metric": SHARE, "above": 1}, {"metric": FRECHET, "above": 3}), checks_of(4.0)[0])
     with pytest.raises(ValueError, match=r"guard\.stop_when\.0.*is 0 for the base model"):
-        require_sound_base(guard({"metric": FRECHET, "rises_by": 0.5}), course(0.0)[0])
-    require_sound_base(guard({"metric": FRECHET, "rises_by": 0.5}), course(4.0)[0])
+        require_sound_base(settings({"metric": FRECHET, "rises_by": 0.5}), checks_of(0.0)[0])
+    require_sound_base(settings({"metric": FRECHET, "rises_by": 0.5}), checks_of(4.0)[0])
 
 
 @pytest.mark.parametrize("bounds", [{}, {"rises_by": 0.1, "above": 3.0}, {"rises_by": -0.1}, {"over": 3.0}])
