@@ -1,4 +1,4 @@
-"""Judges of the real classes at random weights, in the format of deploy/tiny/judge."""
+"""Write judges of random weights: the real classes, in the format of deploy/tiny/judge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _SIZES = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer
 
 
 def make_tiny_judges(folder: Path, styles: Sequence[str], subjects: Sequence[str], real: Tensor) -> Path:
-    """`real` (num_subjects, 3, size, size) uint8: the first style's pictures; other styles lie one unit away each."""
+    """Write a folder of judges and return it.
+
+    real: (num_subjects, 3, size, size) uint8, the first style's real pictures. Each further style's mean lies one unit
+    farther away.
+    """
     torch.manual_seed(0)
     labels = dict(enumerate(styles))
     sizes = _SIZES | {"image_size": real.shape[2]}

@@ -1,4 +1,4 @@
-"""Workers as Ray Train starts them, without Ray: processes with the environment that a process group needs."""
+"""Start workers as Ray Train does, but without Ray: processes with the environment that a process group needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deploy.settings import free_port
 
 
 def in_workers(num_workers: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Call function(rank, *arguments) in each worker; it joins the process group itself. Raises what one raises."""
+    """Call function(rank, *arguments) in each worker, which joins the process group itself. Raise what one raises."""
     spawn(_worker, (num_workers, free_port(), function, arguments), nprocs=num_workers)
 
 
@@ -24,19 +24,21 @@ def _worker(rank: int, num_workers: int, port: int, function: Callable[..., Any]
     torch.set_num_threads(1)
     shard_every_parameter()
     function(rank, *arguments)
-    dist.barrier()  # a worker that leaves early aborts the others' connection
+    dist.barrier()  # a worker that exits early breaks the others' connection
     dist.destroy_process_group()
 
 
 def shard_every_parameter() -> None:
-    """In this worker, stage 3 shards small tensors too; DeepSpeed keeps those below 1e5 numbers whole on each worker,
-    which all of our tests' are."""
+    """Make stage 3 shard small tensors too in this worker.
+
+    DeepSpeed keeps tensors below 1e5 numbers whole on each worker, and all of our tests' tensors are that small.
+    """
     import deepspeed  # in the worker: it reads the environment on import
 
     initialize = deepspeed.initialize
 
-    def sharding(*, config: dict[str, Any], **arguments: Any) -> Any:
+    def initialize_sharded(*, config: dict[str, Any], **arguments: Any) -> Any:
         zero = config["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
         return initialize(config=config | {"zero_optimization": zero}, **arguments)
 
-    deepspeed.initialize = sharding
+    deepspeed.initialize = initialize_sharded

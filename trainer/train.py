@@ -1,6 +1,6 @@
-"""Train on one worker: the loop on one screen.
+"""Train on one worker: the whole training loop on one screen.
 
-All workers make the same calls in the same order. What is recorded is the mean over all workers; worker 0 records it.
+All workers make the same calls in the same order. Worker 0 records the metrics, averaged over all workers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from trainer.runtime.worker import Worker
 
 
 def train_worker(config: RunConfig, run_id: str) -> None:
-    """Run one worker's part of a training, as Ray Train calls it on each; launch.py has opened MLflow run `run_id`."""
+    """Run one worker's part of a training, as Ray Train calls it on each. launch.py has opened MLflow run `run_id`."""
     worker = Worker(config, run_id)
     checkpoints, evaluator = Checkpoints(worker), Evaluator(worker)
     first_step = checkpoints.resume()

@@ -1,1 +1,1 @@
-"""What a worker does beside training: steering, recording, checkpoints, failures."""
+"""The work of a training process around the steps: load, steer, record, save checkpoints, evaluate, handle failures."""

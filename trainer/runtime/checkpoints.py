@@ -1,4 +1,4 @@
-"""Save what a restarted worker needs, resume from it, and go back to the weights that are the run's result."""
+"""Save checkpoints, resume from the last one, and restore the weights that are the run's result."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from trainer.runtime.worker import Worker
 
 
 class Checkpoints:
-    """The checkpoints of a run, which Ray Train keeps. Every method is called on all workers, in the same order."""
+    """The checkpoints of a run, which Ray Train keeps. All workers call every method, in the same order."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker, self._config = worker, worker.config
 
     def resume(self) -> int:
-        """Return the number of steps taken: 0, or the last checkpoint's where Ray Train has restarted the workers."""
+        """Load the last checkpoint if Ray Train has restarted the workers. Return the number of steps taken so far."""
         worker, checkpoint = self._worker, ray.train.get_checkpoint()
         if checkpoint is None:
             return 0
@@ -29,9 +29,9 @@ class Checkpoints:
             return worker.engine.load(Path(folder))
 
     def keep(self, step: int) -> None:
-        """Save at the configured steps, after the last one, and where the guard found the best weights so far.
+        """Save at the configured steps, after the last step, and if the guard has found the best weights so far.
 
-        With a guard the base model's weights are saved as well: they are the result if no check is better.
+        With a guard the base model's weights are saved too: they are the result if no check is better.
         """
         config, guard = self._config, self._worker.guard
         is_due = step > 0 and (step % config.checkpoint.every_num_steps == 0 or step == config.num_steps)
@@ -40,7 +40,7 @@ class Checkpoints:
             self._save(step)
 
     def take_best(self) -> int:
-        """Go back to the weights that are the run's result. Return their step and record why it is this one."""
+        """Restore the weights that are the run's result. Return their step, and record why it is this one."""
         worker, guard = self._worker, self._worker.guard
         if guard is None:
             return self._config.num_steps

@@ -1,4 +1,4 @@
-"""Evaluate the policy on held-out prompts, show samples, and sum a run up as before and after."""
+"""Evaluate the policy on held-out prompts, log sample images, and summarize a run as before and after."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NUM_GRID_COLUMNS = 6
 
 
 class Evaluator:
-    """Draws on all workers, which call each method together; worker 0 judges, writes and records."""
+    """Draws on all workers, which call every method together. Worker 0 judges, writes files and records."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker, self._config, self._pictures = worker, worker.config, worker.pictures
 
     def evaluate(self, policy_name: str, step: int) -> None:
-        """Draw the held-out prompts and judge the images; keep both under the policy's name."""
+        """Draw the held-out prompts, judge the images, and save images and numbers under the policy's name."""
         worker = self._worker
         with worker.seconds.timed(f"{policy_name}_evaluation"):
             images = worker.draw(self._pictures, len(self._pictures.prompts))
@@ -39,7 +39,7 @@ class Evaluator:
             print(f"{policy_name}:", *(f"{key} {value:.3f}" for key, value in evaluation.numbers.items()), flush=True)
 
     def show_samples(self, step: int) -> None:
-        """Log a grid of held-out images; the last step's grid is the final evaluation's."""
+        """Log a grid of held-out images where one is due. The final evaluation logs the last step's."""
         worker, config = self._worker, self._config
         if step % config.evaluation.every_num_steps or step == config.num_steps:
             return
@@ -49,7 +49,7 @@ class Evaluator:
             worker.log(lambda tracker: tracker.log_image(self._grid(images), "samples", step))
 
     def summarize(self) -> None:
-        """Write before and after on worker 0, as numbers and as a picture, and end its record."""
+        """Write the run's numbers and a picture of before and after on worker 0, and finish its record."""
         worker = self._worker
         if not worker.is_recording:
             return
@@ -72,11 +72,11 @@ class Evaluator:
 
     def _judge(self, images: Tensor) -> dict[str, float]:
         judges, prompts = self._worker.judges, self._pictures.prompts
-        judged = judges.numbers(images, prompts, self._config.evaluation.batch) if judges else {}
-        return judged | self._mean_rewards(images)
+        numbers = judges.numbers(images, prompts, self._config.evaluation.batch) if judges else {}
+        return numbers | self._mean_rewards(images)
 
     def _mean_rewards(self, images: Tensor) -> dict[str, float]:
-        """Return the weighted sum as eval/reward and, where there are several rewards, each one's mean beside it."""
+        """Return the weighted sum as eval/reward, and also each reward's mean if there are several."""
         config, means = self._config, {}
         for reward in config.rewards:
             positive, negative = similarities(self._worker.client, config, reward.name, images, self._pictures.prompts)

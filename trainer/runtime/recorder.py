@@ -1,4 +1,4 @@
-"""Write the run's record to MLflow beside the training, in order, one call at a time."""
+"""Write the run's record to MLflow in a thread of its own, in order, one call at a time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from services.clients.tracking import Tracker
 
 
 class Recorder:
-    """Worker 0's pen. MLflow is written beside the training, one call at a time.
+    """Writes worker 0's metrics, tags and files to MLflow while the training goes on.
 
-    No record is lost in silence: the error of a call is raised by the next one, or by `close`.
+    No error is lost: that of a call is raised by the next call, or by `close`.
     """
 
     def __init__(self, tracker: Tracker) -> None:
@@ -20,11 +20,15 @@ class Recorder:
         self._pending: Future[None] | None = None
 
     def log(self, write: Callable[[Tracker], None]) -> None:
-        """Hand one record over; waits while the one before it is being written."""
+        """Have the thread call `write` with the MLflow run, after waiting for the previous call to end.
+
+        Raises what the previous call raised.
+        """
         self._wait()
         self._pending = self._pool.submit(write, self._tracker)
 
     def close(self) -> None:
+        """Wait for the last call and end the thread. Raise what the call raised."""
         self._wait()
         self._pool.shutdown()
 

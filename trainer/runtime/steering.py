@@ -1,12 +1,12 @@
-"""The helm of a running training: between steps worker 0 reads the run's tag, and all workers take what it asks for.
+"""Steer a running training: between steps worker 0 reads a tag of the MLflow run, and all workers apply it.
 
     steering.sync()                # on all workers, between two steps
     learner.follow(steering.config)
 
-What cannot come into force is refused with a tag that says why; the training goes on with what was in force. So it does
-where MLflow does not tell the tags; a record that it does not take ends the workers (record.py). What is in force is on
-the MLflow run and in the checkpoints, and a restarted training takes up the later of the two; steps that it repeats may
-see a tag that is newer than what they saw before.
+A tag that cannot be applied is refused: another tag says why, and the training goes on as it was. It also goes on as it
+was if MLflow does not return the tags. But a failing write to MLflow ends the workers (recorder.py). The steering in
+force is stored on the MLflow run and in the checkpoints, and a restarted training takes the later of the two. The steps
+that it repeats may see a newer tag than they saw before.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Log = Callable[[Callable[[Tracker], None]], None]
 
 
 class Unanswered(SteeringError):
-    """Whether it can come into force is not known yet: it is asked again before the next step."""
+    """Raised if the reward service cannot be reached for the check. It is repeated before the next step."""
 
 
 class LiveSteering:
-    """What is in force, alike on all workers; only worker 0 has a `tracker` to read and a `log` to write to.
+    """The steering in force, the same on all workers. Only worker 0 has a `tracker` to read from and writes with `log`.
 
     `check` is called with the run as it would go on. It raises SteeringError if the reward service refuses that, and
-    Unanswered if the service cannot be asked.
+    Unanswered if the service cannot be reached.
     """
 
     def __init__(
@@ -53,60 +53,61 @@ class LiveSteering:
         check: Callable[[RunConfig], None],
     ) -> None:
         self._run, self._device, self._log, self._check = config, device, log, check
-        self._inbox = _Inbox(tracker) if tracker else None
-        self._refused: str | None = None  # the tag's text, so that what is refused is tried once
+        self._tags = _TagReader(tracker) if tracker else None
+        self._refused: str | None = None  # the tag's text, so that a refused tag is tried only once
         self.in_force = last_in_force(tracker.tags()) if tracker else Steering()
 
     @property
     def config(self) -> RunConfig:
-        """The run as it is in force."""
+        """Return the run's configuration with the steering in force."""
         return self.in_force.applied_to(self._run)
 
     def sync(self) -> None:
-        """Take what the tag asks for; called on all workers between steps."""
-        if self._inbox is not None and (tags := self._inbox.read()) is not None:
-            self._take(tags)
+        """Apply the tag, if it has changed. All workers call this together, between steps."""
+        if self._tags is not None and (tags := self._tags.read()) is not None:
+            self._apply(tags)
         self.in_force = Steering.from_tag(_broadcast(self.in_force.to_tag(), self._device))
 
     def save(self, folder: Path) -> None:
+        """Write the steering in force into a checkpoint's folder."""
         (folder / _FILE).write_text(self.in_force.to_tag() + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Take up a checkpoint's, unless the MLflow run knows of a later one."""
-        kept = Steering.from_tag((folder / _FILE).read_text(encoding="utf-8"))
-        self.in_force = max(self.in_force, kept, key=lambda each: each.version)
+        """Take a checkpoint's steering, unless the MLflow run has a later one."""
+        saved = Steering.from_tag((folder / _FILE).read_text(encoding="utf-8"))
+        self.in_force = max(self.in_force, saved, key=lambda each: each.version)
 
-    def _take(self, tags: Mapping[str, str]) -> None:
+    def _apply(self, tags: Mapping[str, str]) -> None:
         text = tags.get(TAG)
         try:
-            asked = Steering.from_tag(text).after(self.in_force)
-            if asked != self.in_force and text is not None and text == self._refused:
+            requested = Steering.from_tag(text).after(self.in_force)
+            if requested != self.in_force and text is not None and text == self._refused:
                 return
-            asked.check(self._run)
-            if asked != self.in_force:
-                self._check(asked.applied_to(self._run))
+            requested.check(self._run)
+            if requested != self.in_force:
+                self._check(requested.applied_to(self._run))
         except SteeringError as error:
             self._refuse(text, error, tags.get(ERROR_TAG))
             return
         self._refused = None
         if ERROR_TAG in tags:
             self._log(lambda tracker: tracker.clear_tag(ERROR_TAG))
-        if asked != self.in_force:
-            self.in_force = asked
-            print(f"steered to {asked.told}", flush=True)
-            self._log(lambda tracker: tracker.set_tag(version_tag(asked.version), asked.to_tag()))
+        if requested != self.in_force:
+            self.in_force = requested
+            print(f"steered to {requested.told}", flush=True)
+            self._log(lambda tracker: tracker.set_tag(version_tag(requested.version), requested.to_tag()))
 
-    def _refuse(self, text: str | None, reason: SteeringError, shown: str | None) -> None:
+    def _refuse(self, text: str | None, reason: SteeringError, current_message: str | None) -> None:
         message = f"{reason}; {self.in_force.told} stays in force"
         if text != self._refused:
             print(f"refused {TAG}: {message}", flush=True)
         self._refused = None if isinstance(reason, Unanswered) else text
-        if shown != message:
+        if current_message != message:
             self._log(lambda tracker: tracker.set_tag(ERROR_TAG, message))
 
 
 def check_with_service(client: RewardClient, drawn: Sequence[LocatedPrompt], config: RunConfig) -> None:
-    """Ask each reward about the longest prompts that training draws, under the run's words.
+    """Check that each reward accepts the longest prompts that training draws, under the run's words.
 
     Raises SteeringError where it does not take them, and Unanswered where the service fails.
     """
@@ -115,33 +116,33 @@ def check_with_service(client: RewardClient, drawn: Sequence[LocatedPrompt], con
     except RefusedError as error:
         raise SteeringError(str(error)) from error
     except RewardError as error:
-        raise Unanswered(f"the reward service could not be asked, and will be again: {error}") from error
+        raise Unanswered(f"the reward service does not answer, and the check will be repeated: {error}") from error
 
 
-class _Inbox:
-    """The run's tags as MLflow has them now. A thread asks, so that a dead server costs one timeout, not one a step."""
+class _TagReader:
+    """Reads the run's tags in a thread, so that a dead server costs one timeout in all, not one for each step."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steering")
-        self._late: Future[dict[str, str]] | None = None
+        self._pending: Future[dict[str, str]] | None = None
 
     def read(self) -> dict[str, str] | None:
-        """None, with a warning, where MLflow does not answer."""
-        if self._late is not None and not self._late.done():
+        """Return the tags as they are now, or None, with a warning, if MLflow does not answer."""
+        if self._pending is not None and not self._pending.done():
             return None
-        self._late = self._pool.submit(self._tracker.tags)
+        self._pending = self._pool.submit(self._tracker.tags)
         try:
-            return self._late.result(_READ_TIMEOUT_S)
+            return self._pending.result(_READ_TIMEOUT_S)
         except TimeoutError:
-            _logger.warning("MLflow did not tell the run's tags in %g s: steering stays as it is", _READ_TIMEOUT_S)
+            _logger.warning("MLflow did not return the run's tags in %g s: steering stays as it is", _READ_TIMEOUT_S)
         except TrackingError as error:
             _logger.warning("steering stays as it is: %s", error)
         return None
 
 
 def _broadcast(text: str, device: torch.device) -> str:
-    """Worker 0's text, on all workers."""
+    """Return worker 0's text on all workers."""
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     length = torch.tensor([len(data)], device=device)
     dist.broadcast(length, src=0)

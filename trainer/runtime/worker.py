@@ -1,4 +1,4 @@
-"""Load what a worker trains with, and do what the loop asks of it between two steps."""
+"""Hold all that a training process works with, and do its work between two steps: steer, record, check the guard."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from trainer.runtime.steering import LiveSteering, check_with_service
 
 
 class Worker:
-    """What a worker holds between steps. Every method is called on all workers, in the same order."""
+    """A training process, with policy, engine, learner and guard. All workers call every method, in the same order."""
 
     def __init__(self, config: RunConfig, run_id: str) -> None:
         self.config, self.folder = config, config.output_dir / config.name
-        logging.getLogger().setLevel(logging.WARNING)  # Ray sets INFO: a line for every request and every report
-        self.seconds = StepMetrics()  # by phase, of the whole run
+        logging.getLogger().setLevel(logging.WARNING)  # Ray sets INFO: a line for every request and report
+        self.seconds = StepMetrics()  # by phase, over the whole run
         with self.seconds.timed("load"):
             torch.set_num_threads(config.engine.threads_per_worker)
             self.device = init_distributed(config.engine.use_gpu)
@@ -67,17 +67,17 @@ class Worker:
         return min(self.config.evaluation.num_grid_images, len(self.pictures.prompts))
 
     def log(self, write: Callable[[Tracker], None]) -> None:
-        """Have worker 0 call `write` with the MLflow run, beside the training; other workers do nothing."""
+        """On worker 0, have `write` called with the MLflow run while the training goes on; elsewhere do nothing."""
         if self._recorder is not None:
             self._recorder.log(write)
 
     def close_record(self) -> None:
-        """Wait until everything that was logged is written."""
+        """Wait until all records are written."""
         if self._recorder is not None:
             self._recorder.close()
 
     def warn_of_cut_prompts(self) -> None:
-        """Say, in print and as a tag, which prompts the text encoders cut."""
+        """Print which prompts the text encoders cut, and record it as a tag."""
         config = self.config
         if not self.is_recording:
             return
@@ -86,27 +86,27 @@ class Worker:
             self.log(lambda tracker: tracker.set_tag("warning_long_prompts", cut))
 
     def steer(self) -> None:
-        """Take the words, scales and weights that the MLflow run asks for, on all workers at once."""
+        """Apply the words, scales and weights that the MLflow run's tag gives."""
         with self.learner.metrics.timed("steer"):
             self.steering.sync()
         self.learner.follow(self.steering.config)
         self.learner.metrics.add("steering_version", self.steering.in_force.version)
 
     def time_step(self) -> AbstractContextManager[None]:
-        """Time what happens within it as the step's seconds."""
+        """Return a context whose duration is the step's seconds."""
         return self.learner.metrics.timed("step")
 
     def record(self, step: int) -> None:
-        """Print and log the mean over all workers; `step` counts the steps taken."""
-        numbers = self.learner.metrics.mean_over_workers(self.device)
+        """Print and log the step's metrics, averaged over all workers. `step` counts the steps taken."""
+        metrics = self.learner.metrics.mean_over_workers(self.device)
         self.learner.metrics = StepMetrics()
-        self.seconds.add_seconds("steps", numbers["seconds_step"])
+        self.seconds.add_seconds("steps", metrics["seconds_step"])
         if self.is_recording:
-            print(progress_line(step, self.config.num_steps, numbers), flush=True)
-        self.log(lambda tracker: tracker.log_metrics(numbers, step))
+            print(progress_line(step, self.config.num_steps, metrics), flush=True)
+        self.log(lambda tracker: tracker.log_metrics(metrics, step))
 
     def check_guard(self, step: int) -> None:
-        """Let the guard measure the policy where a check is due."""
+        """Draw and measure the guard's images if a check is due."""
         guard = self.guard
         if guard is None or not guard.is_due(step):
             return
@@ -116,19 +116,19 @@ class Worker:
         self.log(lambda tracker: tracker.log_metrics(numbers, step))
 
     def must_stop(self) -> bool:
-        """Return whether the guard's last check ends the run, on all workers alike."""
+        """Return whether the guard's last check ends the run; the same on all workers."""
         return self.guard is not None and self.guard.broken_rule is not None
 
     def draw(self, pictures: PictureSet, num_images: int) -> Tensor | None:
-        """Return the first images of a set, drawn with the averaged weights if the run keeps an average.
+        """Draw the first images of a set, with the averaged weights if the run keeps an average.
 
-        uint8 (num_images, 3, height, width) on worker 0, None on the others.
+        Return (num_images, 3, height, width) uint8 on worker 0, None elsewhere.
         """
         with self.engine.averaged():
             return pictures.draw(self.policy, self._encode, num_images)
 
     def export(self) -> None:
-        """Write the aligned model as a folder that FluxPipeline loads, and the adapter alone where there is one."""
+        """Write the aligned model as a folder that FluxPipeline loads, and the adapter alone in a LoRA run."""
         with self.seconds.timed("export"):
             self.engine.export(self._write_model)
         for name in ("model", "adapter") if self.config.finetune.kind == "lora" else ("model",):
@@ -155,17 +155,17 @@ class Worker:
         return Guard(config, guard, self.pictures.sampling, measurer, self.device)
 
     def _encode_prompts(self) -> Encode:
-        """Return the conditioning of all that this worker will draw, encoded now or found on disk."""
+        """Return the conditioning of every prompt that this worker will draw, encoded now or read from disk."""
         config, place = self.config, (self.rank, self._num_workers)
         batches, steps = open_batches(config), range(config.num_steps)
         indices = worker_samples(config, *place)
-        wanted = [batches.batch(step).prompts[index] for step in steps for index in indices]
+        prompts = [batches.batch(step).prompts[index] for step in steps for index in indices]
         drawn = [(self.pictures, len(self.pictures.prompts)), (self.pictures, self.num_grid_images)]
         if self.guard is not None:
             drawn.append((self.guard.pictures, len(self.guard.pictures.prompts)))
         for pictures, num_images in drawn:
-            wanted += [pictures.prompts[index] for index in pictures.shard(num_images, *place)]
-        return encoder(config, self.policy, wanted)
+            prompts += [pictures.prompts[index] for index in pictures.shard(num_images, *place)]
+        return encoder(config, self.policy, prompts)
 
     def _score(
         self,
@@ -184,6 +184,6 @@ class Worker:
 
 
 def reward_client(config: RunConfig) -> RewardClient:
-    """Return a client of the run's reward service, with the run's timeouts."""
+    """Return a client of the run's reward service, with the run's timeout and number of attempts."""
     service = config.reward_service
     return RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts)

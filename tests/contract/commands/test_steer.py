@@ -96,7 +96,7 @@ def test_words_that_the_reward_service_refuses_are_refused(reward_url: str) -> N
     with RewardClient(reward_url, max_attempts=1) as client:
         steered = Steering(positive="Oil", negative="3D", preference_scale=2.0)
         check_with_service(client, drawn, steered.applied_to(config))
-        with pytest.raises(SteeringError, match=r"tiny-clip does not take 1 of .*max_text_chars"):
+        with pytest.raises(SteeringError, match=r"tiny-clip does not accept 1 of .*max_text_chars"):
             check_with_service(client, drawn, Steering(positive="Oil" * 1000, negative="3D").applied_to(config))
     with RewardClient(f"http://127.0.0.1:{free_port()}", max_attempts=1) as client, pytest.raises(Unanswered):
         check_with_service(client, drawn, config)

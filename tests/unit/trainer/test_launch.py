@@ -151,7 +151,7 @@ def test_a_prompt_that_a_reward_cannot_read_is_named_with_its_place(
     run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("train.txt").write_text(f"red heart\n{'x' * 60}\n", encoding="utf-8")
-    named = ["does not take 1 of the 2 longest of 2 prompts under 3D | Flat", "train.txt, line 2", "at most 48"]
+    named = ["does not accept 1 of the 2 longest of 2 prompts under 3D | Flat", "train.txt, line 2", "at most 48"]
     assert_refused(run, named, capsys)
 
 

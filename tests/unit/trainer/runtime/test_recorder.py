@@ -1,4 +1,4 @@
-"""A step's numbers are means over everything that was added; no record is lost in silence."""
+"""A step's metrics are means over all that was added, and the recorder loses neither records nor errors."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
 
 
 @pytest.mark.usefixtures("lone_worker")
-def test_numbers_are_means_and_seconds_are_sums() -> None:
-    numbers = StepMetrics()
-    numbers.add("reward", torch.tensor([1.0, 2.0]))
-    numbers.add("reward", 6.0)
-    numbers.add_seconds("reward", 0.25)
-    numbers.add_seconds("reward", 0.5)
-    with numbers.timed("update"):
+def test_metrics_are_means_and_seconds_are_sums() -> None:
+    metrics = StepMetrics()
+    metrics.add("reward", torch.tensor([1.0, 2.0]))
+    metrics.add("reward", 6.0)
+    metrics.add_seconds("reward", 0.25)
+    metrics.add_seconds("reward", 0.5)
+    with metrics.timed("update"):
         pass
-    means = numbers.mean_over_workers(torch.device("cpu"))
+    means = metrics.mean_over_workers(torch.device("cpu"))
     assert means.pop("seconds_update") >= 0
     assert means == {"reward": 3.0, "seconds_reward": 0.75}
 
 
-def test_the_journal_writes_in_order_and_everything(tracker: Tracker) -> None:
+def test_the_recorder_writes_everything_in_order(tracker: Tracker) -> None:
     recorder = Recorder(tracker)
     for step in range(1, 6):
         recorder.log(partial(Tracker.log_metrics, metrics={"loss": 1 / step}, step=step))
@@ -52,14 +52,14 @@ def test_the_journal_writes_in_order_and_everything(tracker: Tracker) -> None:
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, 6)]
 
 
-def test_the_journal_raises_what_went_wrong_at_the_next_record(tracker: Tracker) -> None:
+def test_the_recorder_raises_an_error_at_the_next_record(tracker: Tracker) -> None:
     recorder = Recorder(tracker)
     recorder.log(partial(Tracker.log_file, path=Path("nowhere")))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         recorder.log(partial(Tracker.log_metrics, metrics={"loss": 1.0}, step=1))
 
 
-def test_progress_tells_what_is_left() -> None:
+def test_the_progress_line_says_how_long_the_rest_takes() -> None:
     numbers = {"reward_denoise": 0.05, "loss": 0.65, "grad_norm": 0.4, "seconds_step": 1.5}
     line = progress_line(12, 60, numbers)
     assert line == "step 12/60  reward 0.0500  loss 0.6500  gradient norm 0.400  1.50 s/step  ETA 1:12"

@@ -1,4 +1,4 @@
-"""The steering on a real MLflow run: what it takes, refuses, remembers after a restart, and does without MLflow."""
+"""Steering on a real MLflow run: what it applies, what it refuses, what a restart restores, what happens without MLflow."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 
 
 def refuse_long_words(config: RunConfig) -> None:
-    """As a reward service may."""
+    """Refuse words of more than 10 characters, as a reward service may."""
     if len(config.control_words.positive) > 10:
-        raise SteeringError("reward fluent-clip does not take it")
+        raise SteeringError("reward fluent-clip does not accept it")
 
 
-def make_helm(tracker: Tracker) -> LiveSteering:
+def make_steering(tracker: Tracker) -> LiveSteering:
     return LiveSteering(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), refuse_long_words)
 
 
@@ -51,10 +51,8 @@ def tracker(uri: str) -> Tracker:
     return Tracker.start(uri, "test", "steered")
 
 
-def test_it_takes_what_the_tag_asks_for_and_keeps_the_history(
-    tracker: Tracker, capsys: pytest.CaptureFixture[str]
-) -> None:
-    steering = make_helm(tracker)
+def test_it_applies_the_tag_and_keeps_the_history(tracker: Tracker, capsys: pytest.CaptureFixture[str]) -> None:
+    steering = make_steering(tracker)
     steering.sync()
     assert (steering.in_force.version, words(steering)) == (0, ("3D", "Flat"))
     tracker.set_tag(TAG, Steering(positive="Flat", negative="3D", version=1).to_tag())
@@ -82,35 +80,35 @@ def test_it_takes_what_the_tag_asks_for_and_keeps_the_history(
 
 
 @pytest.mark.parametrize(
-    ("tag", "named"),
+    ("tag", "reason"),
     [
         ('{"positive": ""}', "positive: "),
         ('{"weights": {"pickscore": 1}}', "no reward 'pickscore'"),
-        ('{"positive": "far too long", "negative": "3D"}', "fluent-clip does not take it"),
+        ('{"positive": "far too long", "negative": "3D"}', "fluent-clip does not accept it"),
     ],
 )
-def test_what_is_refused_is_said_and_changes_nothing(
-    tracker: Tracker, tag: str, named: str, capsys: pytest.CaptureFixture[str]
+def test_a_refused_tag_is_reported_and_changes_nothing(
+    tracker: Tracker, tag: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steering = make_helm(tracker)
+    steering = make_steering(tracker)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
     steering.sync()
     tracker.set_tag(TAG, tag)
     for _ in range(3):
         steering.sync()
         assert (steering.in_force.version, words(steering)) == (1, ("Flat", "3D"))
-        assert named in tracker.tags()[ERROR_TAG]
+        assert reason in tracker.tags()[ERROR_TAG]
         assert "version 1: Flat | 3D stays in force" in tracker.tags()[ERROR_TAG]
     (refusal,) = (line for line in capsys.readouterr().out.splitlines() if "refused" in line)
-    assert named in refusal
-    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')  # what is in force anyway
+    assert reason in refusal
+    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')  # already in force
     steering.sync()
     assert steering.in_force.version == 1
     assert ERROR_TAG not in tracker.tags()
 
 
 def test_after_the_last_version_an_edit_is_refused_and_the_run_goes_on(tracker: Tracker) -> None:
-    steering = make_helm(tracker)
+    steering = make_steering(tracker)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D", "version": 1000000000}')
     steering.sync()
     tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
@@ -120,7 +118,7 @@ def test_after_the_last_version_an_edit_is_refused_and_the_run_goes_on(tracker: 
         assert "version 1000000000 is in force, the last there is" in tracker.tags()[ERROR_TAG]
 
 
-def test_what_could_not_be_asked_is_asked_again_and_what_was_refused_is_not(tracker: Tracker) -> None:
+def test_a_check_without_answer_is_repeated_and_a_refused_one_is_not(tracker: Tracker) -> None:
     answers: list[SteeringError | None] = [Unanswered("busy"), Unanswered("busy"), SteeringError("too long")]
 
     def answer(_: RunConfig) -> None:
@@ -129,27 +127,27 @@ def test_what_could_not_be_asked_is_asked_again_and_what_was_refused_is_not(trac
 
     steering = LiveSteering(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), answer)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
-    for left, told in ((2, "busy"), (1, "busy"), (0, "too long"), (0, "too long")):
+    for left, reason in ((2, "busy"), (1, "busy"), (0, "too long"), (0, "too long")):
         steering.sync()
         assert (len(answers), steering.in_force.version) == (left, 0)
-        assert told in tracker.tags()[ERROR_TAG]
+        assert reason in tracker.tags()[ERROR_TAG]
 
 
-def test_a_restart_takes_up_the_later_of_run_and_checkpoint(tracker: Tracker, tmp_path: Path) -> None:
-    steering = make_helm(tracker)
+def test_a_restart_takes_the_later_steering_of_run_and_checkpoint(tracker: Tracker, tmp_path: Path) -> None:
+    steering = make_steering(tracker)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
     steering.sync()
     steering.save(tmp_path)
-    restarted = make_helm(tracker)
+    restarted = make_steering(tracker)
     assert words(restarted) == ("Flat", "3D"), "without a checkpoint"
-    tracker.clear_tag(version_tag(1))  # as if it had not been written yet
-    restarted = make_helm(tracker)
+    tracker.clear_tag(version_tag(1))  # as if it were not written yet
+    restarted = make_steering(tracker)
     restarted.load(tmp_path)
     restarted.sync()
     assert (restarted.in_force.version, words(restarted)) == (1, ("Flat", "3D"))
     tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
     restarted.sync()
-    again = make_helm(tracker)
+    again = make_steering(tracker)
     again.load(tmp_path)
     again.sync()
     assert (again.in_force.version, words(again)) == (2, ("Oil", "3D"))
@@ -158,7 +156,7 @@ def test_a_restart_takes_up_the_later_of_run_and_checkpoint(tracker: Tracker, tm
 def test_without_mlflow_all_stays_as_it_is(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    steering = make_helm(tracker)
+    steering = make_steering(tracker)
     tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
     steering.sync()
     tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
