@@ -25,7 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
-from services.config.objective import ObjectiveConfig, RewardConfig, Schedule
+from services.config.fields import Schedule
+from services.config.objective import ObjectiveConfig
+from services.config.rewards import RewardConfig
 from services.contract import Float32, PromptPair, RewardResponse
 from trainer.algorithm.direct_align import branch_loss, recover_anchor
 from trainer.algorithm.rollout import Injection, Sampling, roll_out

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from services.config.objective import ControlWordsConfig, RunWordsConfig
+from services.config.rewards import ControlWordsConfig, RunWordsConfig
 
 T = TypeVar("T")
 

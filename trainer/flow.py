@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.config.objective import BranchName, ObjectiveConfig, Schedule
+from services.config.fields import Schedule
+from services.config.objective import ObjectiveConfig
+from services.config.rewards import BranchName
 
 
 def sigma_schedule(num_steps: int, shift: float) -> Tensor:

@@ -10,8 +10,9 @@ import yaml
 from pydantic import Field
 
 from deploy.settings import ROOT
-from services.config.objective import Frozen, Positive, PositiveFloat, Word
-from services.config.run import RunConfig, StopRuleConfig
+from services.config.evaluation import StopRuleConfig
+from services.config.fields import Frozen, Positive, PositiveFloat, Word
+from services.config.run import RunConfig
 
 # judged once by the same process that trains: no Ray, no service, no guard
 _IN_ONE_PROCESS = {"guard": None, "engine": {"zero_stage": 0, "num_workers": 1}}

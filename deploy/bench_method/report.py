@@ -20,7 +20,7 @@ from torch import Tensor
 from deploy.bench_method.plan import Plan
 from deploy.bench_method.results import FIDELITY, LATTICE, Estimate, Result, Row, broken_rules, is_in_time
 from deploy.settings import ROOT
-from services.config.run import StopRuleConfig
+from services.config.evaluation import StopRuleConfig
 
 _RESULTS = ROOT / "deploy" / "runs" / "results"
 _README, _LOG = ROOT / "README.md", ROOT / "deploy" / "runs" / "LOG.md"
@@ -150,7 +150,7 @@ def _drifts(base: Result, run: Result, index: int, rule: StopRuleConfig) -> list
     """A line a number: how far it had drifted when the rule was broken, and what that is of its later drift."""
     first, then, last = base.check(), run.check(index), run.check()
     steps = f"after {then['num_steps']} of {last['num_steps']} steps"
-    by, lines = f"{rule.metric.removeprefix('guard/')} {rule.told}", []
+    by, lines = f"{rule.metric.removeprefix('guard/')} {rule.summary}", []
     for name in (LATTICE, f"frechet_{run.wanted}", "base_pixel_distance"):
         values = [first[name], then[name], max(check[name] for check in run.checks), last[name]]
         drifts = [value - first[name] for value in values]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from services.config.run import StopRuleConfig
+from services.config.evaluation import StopRuleConfig
 from trainer.evaluation.stop_rules import Check, is_violated
 
 FIDELITY = "subject_top5"

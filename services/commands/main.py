@@ -32,7 +32,7 @@ from services.clients.reward import RewardClient, RewardError
 from services.commands.rank_words import try_words
 from services.commands.score import score_files
 from services.commands.word_effects import TrialError
-from services.config.objective import RewardServiceConfig
+from services.config.rewards import RewardServiceConfig
 from services.config.run import ConfigError, TrackingConfig, load_run_config
 from services.config.steering import SteeringError
 from services.contract import ContractError

@@ -25,8 +25,8 @@ def steer_run(args: argparse.Namespace) -> int:
     before = _asked_last(tags.get(TAG), last_in_force(tags))
     asked = Steering.parse(asked.model_dump() | {"version": before.version + 1})
     tracker.set_tag(TAG, asked.to_tag())
-    print(f"{args.run} from its next step on: {asked.told}")
-    print(f"before, {before.told}")
+    print(f"{args.run} from its next step on: {asked.summary}")
+    print(f"before, {before.summary}")
     return 0
 
 

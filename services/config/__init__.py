@@ -1,1 +1,1 @@
-"""One YAML file, one frozen tree."""
+"""The configuration of a run: one YAML file becomes one frozen tree. KEYS.md lists every key."""

@@ -1,25 +1,32 @@
-"""Real images with captions in place of rollouts, as keys of a run file: where they are and where their latents go.
+"""The section `dataset` of a run file: real images with captions, in place of rollouts.
 
-Offline Direct-Align: an image's latents are the anchor, its noise is drawn; inject, one step and recover stay as they
-are (Shen et al., arXiv 2509.06942). The run's own `rollout` then gives the shift of the noise levels and nothing else.
+Offline Direct-Align: an image's latents are the anchor and its noise is drawn; inject, one step and recover stay as
+they are (Shen et al., arXiv 2509.06942). The run's own `rollout` then gives the shift of the noise levels only.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from services.config.objective import Frozen, Word
+from services.config.fields import Frozen, Word
 
 
 class DatasetConfig(Frozen):
-    """Images (PNG, JPEG, WebP) and their captions, which are the prompts. `srpo encode RUN.yaml` must run before.
+    """Offline training: real images (PNG, JPEG, WebP) are the anchors, and nothing is rolled out in training. Their
+    captions are the prompts. Run `srpo encode-images RUN.yaml` first.
 
-    Each image goes to the size of model.sizes whose shape is nearest, and is resized and cropped at the centre to it.
+    Each image goes to the size of `model.sizes` whose shape is nearest; it is resized and cropped to it at the center.
     """
 
-    # A folder with NAME.txt beside each image NAME.png, .jpg, .jpeg or .webp; or a folder with a metadata.jsonl, which
-    # has {"file_name": …, "text": …} for each image; or a .parquet file, or a folder of them, with the images' bytes.
     path: Path
-    latents_path: Path  # a folder: `srpo encode` writes it, training reads it as it goes
-    image_column: Word = "image"  # of parquet files: bytes, or {bytes, path} as Hugging Face's datasets writes them
-    caption_column: Word = "text"  # of parquet files and of metadata.jsonl
+    """A folder with NAME.txt beside each image NAME.png, .jpg, .jpeg or .webp; or a folder with a metadata.jsonl, which
+    has {"file_name": …, "text": …} for each image; or a .parquet file, or a folder of them, with the images' bytes."""
+
+    latents_path: Path
+    """The folder of latents that `srpo encode-images` writes and training reads as it goes."""
+
+    image_column: Word = "image"
+    """The column of images in parquet files: bytes, or {bytes, path} as Hugging Face's datasets writes them."""
+
+    caption_column: Word = "text"
+    """The column of captions in parquet files and in metadata.jsonl."""

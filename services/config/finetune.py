@@ -1,4 +1,4 @@
-"""What a run trains of the model, as keys of its file: all weights or an adapter, and their average over the steps."""
+"""The sections `finetune` and `ema` of a run file: which weights are trained, and their moving average."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from services.config.objective import Frozen, Positive, PositiveFloat, Word
+from services.config.fields import Frozen, Positive, PositiveFloat, Word
 
-# every linear layer of a FLUX block but those of the modulation, as in diffusers' own training of FLUX adapters
+# Every linear layer of a FLUX block but those of the modulation, as in diffusers' own training of FLUX adapters.
 _TARGETS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -17,17 +17,25 @@ _TARGETS = (
 
 
 class FinetuneConfig(Frozen):
-    """full trains every weight of the transformer; lora (Hu et al., arXiv 2106.09685) leaves them as they are and
-    trains two thin matrices A, B beside each target: W + alpha / rank · B·A. A starts random by the run's seed, B at 0.
+    """Which weights of the transformer are trained: all, or those of a LoRA adapter (Hu et al., arXiv 2106.09685).
 
-    A run with lora writes the adapter as OUTPUT/adapter, which FluxPipeline.load_lora_weights loads, beside the whole
-    model. Its checkpoints hold the adapter alone. An adapter wants a learning rate some ten times higher.
+    LoRA leaves the weights W as they are and trains two thin matrices A, B beside each target: W + alpha / rank · B·A.
+    A starts random by the run's seed, B at 0. A run with `lora` writes the adapter as OUTPUT/adapter, which
+    `FluxPipeline.load_lora_weights` loads, beside the whole merged model, OUTPUT/model. Its checkpoints hold the
+    adapter alone. An adapter needs a learning rate some ten times higher.
     """
 
     kind: Literal["full", "lora"] = "full"
+    """`full`: every weight of the transformer. `lora`: an adapter; the keys below are for it alone."""
+
     rank: Positive = 16
-    alpha: PositiveFloat | None = None  # None: rank
-    target_modules: Annotated[tuple[Word, ...], Field(min_length=1)] = _TARGETS  # ends of the names of linear layers
+    """The rank of the adapter's matrices."""
+
+    alpha: PositiveFloat | None = None
+    """The numerator of the adapter's factor alpha / rank. null: rank, so that the factor is 1."""
+
+    target_modules: Annotated[tuple[Word, ...], Field(min_length=1)] = _TARGETS
+    """The linear layers that get an adapter, by the ends of their names."""
 
     @model_validator(mode="after")
     def _adapter_keys_have_an_adapter(self) -> FinetuneConfig:
@@ -43,11 +51,13 @@ class FinetuneConfig(Frozen):
 
 
 class EmaConfig(Frozen):
-    """A moving average of the trained weights, average ← decay · average + (1 − decay) · weights after every optimiser
-    step, in float32, from the base model's on. Where a run has one, its weights are the run's: evaluation, guard,
-    samples and the exported model use them, and the trained weights only go on training.
+    """A moving average of the trained weights, in float32, from the base model's weights on. After every optimizer
+    step: average ← decay · average + (1 − decay) · weights.
 
-    It looks back over 1 / (1 − decay) steps: 0.999, usual elsewhere, would hardly leave the base model in 20 steps.
+    A run with this section uses the average for evaluation, guard, samples and the exported model; the trained weights
+    only go on training. The average looks back over 1 / (1 − decay) steps: 0.999, usual elsewhere, would hardly leave
+    the base model in 20 steps.
     """
 
     decay: Annotated[float, Field(gt=0, lt=1)]
+    """How much of the average is kept at each step."""

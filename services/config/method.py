@@ -1,7 +1,7 @@
-"""How a run turns rewards into updates, as keys of its file: Direct-Align, or a baseline to compare it with.
+"""The section `method` of a run file: how rewards become updates, by Direct-Align or by a baseline to compare it with.
 
-A baseline trains the sampler that it draws with (rollout's steps, shift and guidance_scale) and has no noise levels and
-no second branch: of the objective it uses `kind`, the text that is asked for, and truncate_timestep.
+A baseline trains the sampler that it draws with (the rollout's steps, shift and guidance_scale). It has no noise levels
+and no second branch: of the section `objective` it uses `kind`, which says what text is sent, and `truncate_timestep`.
 """
 
 from __future__ import annotations
@@ -10,44 +10,59 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from services.config.objective import Frozen, ObjectiveConfig, Positive, PositiveFloat
+from services.config.fields import Frozen, Positive, PositiveFloat
+from services.config.objective import ObjectiveConfig
 
 _USED_BY_BASELINES = {"kind", "truncate_timestep"}
 
 
 class DirectAlignMethod(Frozen):
-    """Inject known noise, one step, recover (arXiv 2509.06942); `objective` has its keys."""
+    """SRPO's method, the default: inject known noise, make one step, recover the image (arXiv 2509.06942). The section
+    `objective` has its keys."""
 
     kind: Literal["direct_align"] = "direct_align"
 
 
 class ReflMethod(Frozen):
-    """ReFL (arXiv 2304.05977): a late step of the rollout predicts the image, with gradient."""
+    """A baseline, ReFL (arXiv 2304.05977): a late step of the rollout predicts the image, with gradient."""
 
     kind: Literal["refl"]
-    # The step is drawn from this last part of the rollout: 30 to 39 of 40 steps in the paper.
+
     late_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """The step is drawn from this last part of the rollout: steps 30 to 39 of 40 in the paper."""
 
 
 class DraftLvMethod(Frozen):
-    """DRaFT-LV (arXiv 2309.17400): the last step, from renoised copies of the rollout's image, with gradient."""
+    """A baseline, DRaFT-LV (arXiv 2309.17400): the last step is made from renoised copies of the rollout's image, with
+    gradient."""
 
     kind: Literal["draft_lv"]
-    num_renoisings: Positive = 2  # of each image, at the sigma before the last step
+
+    num_renoisings: Positive = 2
+    """How many renoised copies of each image are made, at the sigma before the last step."""
 
 
 class GrpoMethod(Frozen):
-    """GRPO for flow matching (arXiv 2505.05470, 2505.07818): samples with noise, groups, a clipped ratio; no gradient
-    of the reward."""
+    """A baseline, GRPO for flow matching (arXiv 2505.05470, 2505.07818): noisy sampling, groups of images of a prompt
+    and a clipped ratio of densities. It uses no gradient of the reward."""
 
     kind: Literal["grpo"]
-    group_size: Annotated[int, Field(ge=2)] = 8  # images of a prompt; a forward holds micro_batch × group_size
-    noise_level: PositiveFloat = 0.7  # a in the noise a·sqrt(sigma / (1 − sigma)) of a sampling step
-    # Sampling steps trained in each rollout, one from each of as many equal parts of it. The first and the last step
-    # have no noise and cannot be trained.
+
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """The number of images of a prompt. A forward holds micro_batch × group_size images."""
+
+    noise_level: PositiveFloat = 0.7
+    """a in a · sqrt(sigma / (1 − sigma)), the noise of a sampling step."""
+
     num_trained_steps: Positive = 4
-    num_updates: Positive = 1  # optimiser steps that share a rollout, each with an equal part of its trained steps
-    clip_range: PositiveFloat = 1e-4  # of the ratio of densities, taken per number of the latents
+    """How many sampling steps of each rollout are trained, one from each of as many equal parts of it. The first and
+    the last step have no noise and cannot be trained."""
+
+    num_updates: Positive = 1
+    """How many optimizer steps share a rollout, each with an equal part of its trained steps."""
+
+    clip_range: PositiveFloat = 1e-4
+    """How far the ratio of densities may be from 1; it is taken per number of the latents."""
 
     @model_validator(mode="after")
     def _updates_share_the_steps(self) -> GrpoMethod:
@@ -62,7 +77,7 @@ MethodConfig = Annotated[DirectAlignMethod | ReflMethod | DraftLvMethod | GrpoMe
 
 
 def check_method(method: MethodConfig, objective: ObjectiveConfig, num_rollout_steps: int) -> None:
-    """Raise ValueError for keys that contradict each other or that the method would pass over in silence."""
+    """Raise ValueError for keys that contradict each other, or that the method would ignore silently."""
     if isinstance(method, DirectAlignMethod):
         return
     for name, field in ObjectiveConfig.model_fields.items():
@@ -71,7 +86,7 @@ def check_method(method: MethodConfig, objective: ObjectiveConfig, num_rollout_s
     if objective.kind == "srp_guided":
         raise ValueError(
             f"objective.kind srp_guided has a k for each noise level, and method.kind {method.kind} has no levels: "
-            "take srp, sgp or direct_align"
+            "take srp, sgp or plain"
         )
     least = method.num_trained_steps + 2 if isinstance(method, GrpoMethod) else 2
     if num_rollout_steps < least:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from services.config.method import DraftLvMethod, GrpoMethod, ReflMethod
-from services.config.objective import RewardConfig
+from services.config.rewards import RewardConfig
 from trainer.algorithm.grpo import NoisyRollout, NoisyStep, clipped_loss, group_advantages, log_ratio, roll_out_noisily
 from trainer.algorithm.last_step import LateStep, late_step_loss, renoise, roll_out_late
 from trainer.algorithm.learner import Learner, MicroBatch

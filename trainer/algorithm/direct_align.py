@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.config.objective import ObjectiveConfig, RewardConfig
+from services.config.objective import ObjectiveConfig
+from services.config.rewards import RewardConfig
 from trainer.algorithm.reward_loss import Score, reward_images
 from trainer.algorithm.rollout import Injection
 from trainer.flow import Branch, euler_step, interpolate, recover_clean, schedule_at

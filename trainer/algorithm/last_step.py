@@ -17,7 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from services.config.objective import ObjectiveKind, RewardConfig
+from services.config.objective import ObjectiveKind
+from services.config.rewards import RewardConfig
 from services.contract import PromptPair
 from trainer.algorithm.reward_loss import Score, reward_images
 from trainer.algorithm.rollout import Rollout, Sampling, velocity_at

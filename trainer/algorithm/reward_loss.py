@@ -4,12 +4,12 @@ Source: Shen et al., arXiv 2509.06942, section 3.3. The reward service returns (
 and its gradient. Every objective is a request of that form:
 
     objective      reward of the denoise branch               request
-    direct_align   R(x, prompt)                               the bare prompt twice, k = 1
+    plain          R(x, prompt)                               the bare prompt twice, k = 1
     sgp            R(x, positive)                             the positive word twice, k = 1
     srp            R(x, positive) − R(x, negative)            the pair, k = 0
     srp_guided     (1 + k)·R(x, positive) − R(x, negative)    the pair, k
 
-The invert branch swaps the words; direct_align requests k = −1 there, which is −R. A reward that reads no text uses its
+The invert branch swaps the words; plain requests k = −1 there, which is −R. A reward that reads no text uses its
 value of the image as R(x, positive), and its value of the image with a little noise as R(x, negative).
 """
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from services.clients.remote_reward import need_gradient, rewards_of
-from services.config.objective import BranchName, ObjectiveKind, RewardConfig
+from services.config.objective import ObjectiveKind
+from services.config.rewards import BranchName, RewardConfig
 from services.contract import Float32, PromptPair, RewardResponse
 
 # a reward's name, images (batch, 3, height, width) in [0, 1], a pair and a preference_scale for each, with_gradient
@@ -126,7 +127,7 @@ class BranchReward:
 
     def request_for(self, pairs: tuple[PromptPair, ...]) -> tuple[tuple[PromptPair, ...], tuple[float, ...]]:
         """Return the pairs and preference scales to send, by the table at the top of this file."""
-        if self.kind == "direct_align":
+        if self.kind == "plain":
             return tuple(PromptPair(pair.prompt, None, None) for pair in pairs), (self._sign,) * len(pairs)
         if (words := self.reward.control_words) is not None:
             pairs = tuple(PromptPair(pair.prompt, words.positive, words.negative) for pair in pairs)
@@ -150,7 +151,7 @@ class BranchReward:
         noised = (images + self.reward.image_noise * image_noise.to(images.device)).clamp(0, 1)
         clean_values, noised_values = (self._values_without_text(view, pairs, score) for view in (images, noised))
         differences = (clean_values - noised_values).detach()
-        if self.kind == "direct_align":
+        if self.kind == "plain":
             return BranchValues(self._sign * clean_values, differences)
         sides = clean_values, noised_values
         preferred, other = sides if self.branch == "denoise" else sides[::-1]

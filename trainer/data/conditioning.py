@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from services.config.run import GuardConfig, RunConfig
+from services.config.evaluation import GuardConfig
+from services.config.run import RunConfig
 from trainer.data.batches import located_prompts, open_batches
 from trainer.data.prompt_embeddings import Embeddings, Manifest, fingerprint
 from trainer.data.prompt_files import LocatedPrompt

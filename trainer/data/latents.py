@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from services.config.objective import Frozen
+from services.config.fields import Frozen
 from services.config.run import RunConfig
 from trainer.data.buckets import Size
 from trainer.data.captioned_images import DatasetError, list_images

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.clients.reward import RewardClient
-from services.config.run import GuardConfig, RunConfig
+from services.config.evaluation import GuardConfig
+from services.config.run import RunConfig
 from trainer.algorithm.rollout import Sampling
 from trainer.data.conditioning import located_guard_prompts
 from trainer.draws import guard_generator

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from services.config.run import GuardConfig, StopRuleConfig
+from services.config.evaluation import GuardConfig, StopRuleConfig
 
 # A key of a checkpoint's metrics: its own step if the guard found it the best so far, else -1. Ray Train keeps the
 # checkpoints with the highest values, so the best one lasts as long as the run.
@@ -84,10 +84,10 @@ def require_sound_base(settings: GuardConfig, base: Check) -> None:
         if rule.is_relative and value == 0:
             raise ValueError(f"{key}: {rule.metric} is 0 for the base model: give above or below, not a share of it")
         if is_violated(rule, [base], base):
-            raise ValueError(f"{key}: the base model is beyond it: {rule.metric} {value:.4g}, {rule.told}")
+            raise ValueError(f"{key}: the base model is beyond it: {rule.metric} {value:.4g}, {rule.summary}")
 
 
 def _describe(rule: StopRuleConfig, checks: Sequence[Check], last: Sequence[Check]) -> str:
     base, steps = checks[0].numbers[rule.metric], ", ".join(str(check.step) for check in last)
     values = ", ".join(f"{check.numbers[rule.metric]:.4g}" for check in last)
-    return f"{rule.metric} {values} at step {steps}: {rule.told} (base {base:.4g}, bound {bound(rule, base):.4g})"
+    return f"{rule.metric} {values} at step {steps}: {rule.summary} (base {base:.4g}, bound {bound(rule, base):.4g})"

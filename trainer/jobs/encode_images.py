@@ -24,7 +24,8 @@ import ray.data
 import torch
 
 from services.config.dataset import DatasetConfig
-from services.config.run import ConfigError, EngineConfig, RunConfig, load_run_config
+from services.config.engine import EngineConfig
+from services.config.run import ConfigError, RunConfig, load_run_config
 from services.pictures import PictureError
 from trainer.data.buckets import Size, fit, nearest_size
 from trainer.data.captioned_images import CaptionedImage, DatasetError, list_images

@@ -29,8 +29,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
+from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import EmaConfig
-from services.config.run import EngineConfig, OptimizerConfig
 from trainer.model.ema import Average, averaged_weights
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.clients.reward import RewardClient, RewardRejected
-from services.config.objective import ControlWordsConfig
+from services.config.rewards import ControlWordsConfig
 from services.config.run import RunConfig
 from services.contract import ContractError, PromptPair, RewardRequest, WeightedReward
 from trainer.data.prompt_files import LocatedPrompt
@@ -85,7 +85,7 @@ def _settings(
     for reward in config.rewards:
         own, scale = reward.control_words, reward.preference_scale_denoise.start
         for words in run_words.pairs or (run_words,):
-            add(reward.name, scale, None if config.objective.kind == "direct_align" else own or words, trained)
+            add(reward.name, scale, None if config.objective.kind == "plain" else own or words, trained)
         add(reward.name, scale, own or run_words, measured)
     if config.guard is not None and config.guard.held_out_reward is not None:
         add(config.guard.held_out_reward, 0.0, run_words, measured)

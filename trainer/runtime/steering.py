@@ -94,11 +94,11 @@ class LiveSteering:
             self._log(lambda tracker: tracker.clear_tag(ERROR_TAG))
         if requested != self.in_force:
             self.in_force = requested
-            print(f"steered to {requested.told}", flush=True)
+            print(f"steered to {requested.summary}", flush=True)
             self._log(lambda tracker: tracker.set_tag(version_tag(requested.version), requested.to_tag()))
 
     def _refuse(self, text: str | None, reason: SteeringError, current_message: str | None) -> None:
-        message = f"{reason}; {self.in_force.told} stays in force"
+        message = f"{reason}; {self.in_force.summary} stays in force"
         if text != self._refused:
             print(f"refused {TAG}: {message}", flush=True)
         self._refused = None if isinstance(reason, Unanswered) else text

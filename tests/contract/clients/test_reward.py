@@ -30,7 +30,7 @@ from services.clients.reward import (
     RewardUnreachable,
 )
 from services.clients.reward_exchange import Answer, Call, NoAnswer, RewardApi
-from services.config.objective import RewardServiceConfig
+from services.config.rewards import RewardServiceConfig
 from services.contract import IDEMPOTENCY_KEY_HEADER, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from tests.contract.conftest import LIMITS
 from tests.serving import reward_app, serve_app

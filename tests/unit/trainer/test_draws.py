@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.config.objective import RunWordsConfig
+from services.config.rewards import RunWordsConfig
 from trainer.draws import (
     batch_indices,
     draw_levels,

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.config.objective import BranchName, ObjectiveConfig, Schedule
+from services.config.fields import Schedule
+from services.config.objective import ObjectiveConfig
+from services.config.rewards import BranchName
 from trainer.flow import (
     branches,
     dynamic_shift,

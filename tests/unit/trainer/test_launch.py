@@ -60,7 +60,7 @@ def write(run: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("section", "spoiled", "named"),
     [
-        ("model", {"hieght_px": 32}, ["model.hieght_px", "Extra inputs"]),
+        ("model", {"hieght_px": 32}, ["model.hieght_px", "unknown key"]),
         ("model", {"path": "nowhere/at/all"}, ["model.path nowhere/at/all", "no such folder"]),
         ("prompts", {"path": "missing.txt"}, ["missing.txt", "No such file"]),
         ("prompts", {"path": "train.csv"}, ["prompts.path: prompt file", "train.csv", "must end in .txt"]),

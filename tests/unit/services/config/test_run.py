@@ -1,3 +1,5 @@
+"""A run file's keys, and the errors that name what is wrong in one."""
+
 from __future__ import annotations
 
 import re
@@ -9,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefinedType
 
-from services.config.objective import Schedule
+from services.config.fields import Schedule
 from services.config.run import ConfigError, RunConfig, load_run_config
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -74,10 +76,10 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
     ("place", "key", "value", "named"),
     [
         ((), "num_step", 60, "num_step"),
-        (("engine",), "zero_stagee", 2, "engine.zero_stagee"),
+        (("engine",), "zero_stagee", 2, "engine.zero_stagee: unknown key"),
         (("engine",), "zero_stage", 5, "engine.zero_stage"),
         (("engine",), "global_batch", 7, "7 is not a multiple of"),
-        (("finetune",), "rank", 4, "finetune: Value error, rank 4: of no use to kind full"),
+        (("finetune",), "rank", 4, "finetune: rank 4: of no use to kind full"),
         (("finetune",), "target_modules", [], "finetune.target_modules"),
         (("ema",), "decay", 1.0, "ema.decay"),
         (("optimizer",), "learning_rate", -1e-5, "optimizer.learning_rate"),
@@ -85,7 +87,7 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
         (("control_words",), "positive", "", "control_words.positive"),
         (("control_words",), "positive", " ", "control_words.positive"),
         (("control_words",), "kind", "random", "control_words.kind"),
-        (("control_words",), "kind", "cycle", "control_words: Value error, kind cycle needs pairs"),
+        (("control_words",), "kind", "cycle", "control_words: kind cycle needs pairs"),
         (("control_words",), "pairs", [{"positive": "3D"}], "control_words.pairs.0.negative"),
         (("control_words",), "pairs", [{"positive": "3D", "negative": "Flat"}], "kind fixed has positive and negative"),
         (("rollout",), "shift", "dynamical", "rollout.shift"),
@@ -95,17 +97,18 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
         ((), "method", {"kind": "grpo", "group_size": 1}, "method.grpo.group_size"),
         ((), "method", {"kind": "grpo", "num_updates": 3}, "num_trained_steps 4 is not a multiple of num_updates 3"),
         (("objective",), "kind", "srpo", "objective.kind"),
-        (("objective",), "branches", [], "objective: Value error, branches must be one or both"),
-        (("objective",), "branches", ["invert", "invert"], "objective: Value error, branches must be one or both"),
-        (("objective",), "grid_index_range", (25, 5), "objective: Value error, grid_index_range must rise"),
-        (("objective",), "grid_index_range", (5, 51), "objective: Value error, grid_index_range must rise"),
+        (("objective",), "kind", "direct_align", "objective.kind 'direct_align' is now 'plain'"),
+        (("objective",), "branches", [], "objective: branches must be one or both"),
+        (("objective",), "branches", ["invert", "invert"], "objective: branches must be one or both"),
+        (("objective",), "grid_index_range", (25, 5), "objective: grid_index_range must rise"),
+        (("objective",), "grid_index_range", (5, 51), "objective: grid_index_range must rise"),
         (("objective",), "grid_index_range", (0, 25), "objective.grid_index_range must rise within (0, 50)"),
         (("objective",), "grid_index_range", (5, 50), "objective.grid_index_range must rise within (0, 50)"),
-        (("objective",), "sigma_range", (0.0, 0.9), "objective: Value error, sigma_range must rise within (0, 1)"),
-        (("objective",), "sigma_range", (0.5, 1.2), "objective: Value error, sigma_range must rise within (0, 1)"),
-        (("objective",), "sigma_range", (0.9, 0.5), "objective: Value error, sigma_range must rise within (0, 1)"),
-        (("objective",), "level_range", (0, 995), "objective: Value error, level_range must rise"),
-        (("objective",), "level_range", (5, 1000), "objective: Value error, level_range must rise"),
+        (("objective",), "sigma_range", (0.0, 0.9), "objective: sigma_range must rise within (0, 1)"),
+        (("objective",), "sigma_range", (0.5, 1.2), "objective: sigma_range must rise within (0, 1)"),
+        (("objective",), "sigma_range", (0.9, 0.5), "objective: sigma_range must rise within (0, 1)"),
+        (("objective",), "level_range", (0, 995), "objective: level_range must rise"),
+        (("objective",), "level_range", (5, 1000), "objective: level_range must rise"),
         (("objective",), "num_delta_levels", 1000, "num_delta_levels 1000 is larger than the range"),
         (("objective",), "num_injections", 992, "num_injections 992 is more than the levels of (5, 995)"),
         (("objective",), "discount", {"kind": "cosine", "start": 1.0}, "a cosine schedule needs an end"),
@@ -116,7 +119,7 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
         (("rewards", 0), "margin", float("nan"), "rewards.0.margin"),
         (("rewards", 0), "pair", "image", "rewards.0.pair"),
         (("rewards", 0), "control_words", {"positive": "3D", "negative": ""}, "rewards.0.control_words.negative"),
-        (("model",), "sizes", [[64, 64], [64, 64]], "model: Value error, sizes: each size may come once"),
+        (("model",), "sizes", [[64, 64], [64, 64]], "model: sizes: each size may come once"),
         (("model",), "sizes", [[64, 0]], "model.sizes.0.1"),
         ((), "prompts", {}, "give either prompts.path, to roll out, or dataset, to train on real images, not neither"),
         (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.config.objective import ControlWordsConfig
+from services.config.rewards import ControlWordsConfig
 from services.config.run import RunConfig, load_run_config
 from services.config.steering import TAG, Steering, SteeringError, last_in_force, version_tag
 
@@ -55,7 +55,7 @@ def test_a_tag_is_read_as_it_was_written(steering: Steering) -> None:
         ('{"negative": "3D"}', "positive is missing"),
         ('{"positive": " ", "negative": "3D"}', "^positive: .*at least 1 character.*' '"),
         ('{"positive": 3, "negative": "3D"}', "^positive: .*got 3"),
-        ('{"positiv": "3D", "negative": "Flat"}', "^positiv: Extra inputs"),
+        ('{"positiv": "3D", "negative": "Flat"}', "^positiv: unknown key"),
         ('{"preference_scale": NaN}', "^preference_scale: .*finite.*nan"),
         ('{"preference_scale": 1e39}', "^preference_scale: .*1e"),
         ('{"preference_scale": "0.1"}', "^preference_scale: .*'0.1'"),
@@ -126,7 +126,7 @@ def test_the_run_goes_on_with_what_was_asked_for(run: RunConfig) -> None:
     [
         ({"weights": {"nobody": 1.0}}, {}, "no reward 'nobody'; it has fluent-clip, own"),
         ({"preference_scale": 0.5}, {"kind": "srp"}, "preference_scale has no effect.*srp,"),
-        ({"positive": "Oil", "negative": "3D"}, {"kind": "direct_align"}, "no effect.*direct_align"),
+        ({"positive": "Oil", "negative": "3D"}, {"kind": "plain"}, "no effect.*plain"),
     ],
 )
 def test_what_the_run_does_not_know_or_feel_is_refused(

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.config.objective import BranchName, ControlWordsConfig, ObjectiveConfig, RewardConfig, Schedule
+from services.config.fields import Schedule
+from services.config.objective import ObjectiveConfig
+from services.config.rewards import BranchName, ControlWordsConfig, RewardConfig
 from services.contract import PromptPair
 from tests.local_reward import LocalReward, similarity
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.config.objective import ObjectiveKind, RewardConfig
+from services.config.objective import ObjectiveKind
+from services.config.rewards import RewardConfig
 from services.contract import PromptPair
 from tests.local_reward import LocalReward, similarity
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
@@ -17,7 +18,7 @@ from trainer.model.policy import Policy
 SIZE = HEIGHT_PX, WIDTH_PX
 SAMPLING = Sampling(4, 1.0, 3.0, *SIZE)
 TEXTS: dict[ObjectiveKind, list[tuple[float, str]]] = {
-    "direct_align": [(1.0, "{}")],
+    "plain": [(1.0, "{}")],
     "sgp": [(1.0, "3D. {}")],
     "srp": [(1.0, "3D. {}"), (-1.0, "Flat. {}")],
 }

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.config.objective import BranchName, ControlWordsConfig, ObjectiveKind, RewardConfig
+from services.config.objective import ObjectiveKind
+from services.config.rewards import BranchName, ControlWordsConfig, RewardConfig
 from services.contract import PromptPair, RewardResponse
 from tests.local_reward import LocalReward, similarity
 from trainer.algorithm.reward_loss import BranchReward, BranchValues, reward_images
@@ -39,7 +40,7 @@ def expected(kind: ObjectiveKind, branch: BranchName, bare: Tensor, positive: Te
     if branch == "invert":
         positive, negative = negative, positive
     return {
-        "direct_align": bare if branch == "denoise" else -bare,
+        "plain": bare if branch == "denoise" else -bare,
         "sgp": positive,
         "srp": positive - negative,
         "srp_guided": (1 + SCALE) * positive - negative,

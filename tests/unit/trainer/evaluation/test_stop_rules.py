@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from services.config.run import GuardConfig, StopRuleConfig
+from services.config.evaluation import GuardConfig, StopRuleConfig
 from trainer.evaluation.stop_rules import Check, best_check, bound, broken_rule, exported_check, require_sound_base
 
 FRECHET, SHARE = "guard/frechet_Flat", "guard/style_share_Flat"

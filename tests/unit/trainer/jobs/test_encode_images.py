@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from services.config.run import EngineConfig, RunConfig
+from services.config.engine import EngineConfig
+from services.config.run import RunConfig
 from tests.pictures import photo
 from tests.tiny_flux import HEIGHT_PX, WIDTH_PX
 from trainer.data.captioned_images import CaptionedImage, DatasetError

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from reward_server.models import ClipArgs
 from reward_server.scoring.worker import Worker, WorkerArgs
+from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import FinetuneConfig
-from services.config.run import EngineConfig, OptimizerConfig, load_run_config
+from services.config.run import load_run_config
 from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
 from tests.tiny_models import make_tiny_clip

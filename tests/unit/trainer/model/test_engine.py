@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import EmaConfig
-from services.config.run import EngineConfig, OptimizerConfig
 from tests.workers import in_workers
 from trainer.model.ema import averaged_weights
 

@@ -10,8 +10,8 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
+from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import EmaConfig, FinetuneConfig
-from services.config.run import EngineConfig, OptimizerConfig
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
 from tests.workers import in_workers
 from trainer.model.lora import adapter, add_adapter, whole, whole_weights
