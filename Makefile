@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-steer bench-reward bench-method up down fmt manifests check test conflicting ci reference tiny clean
+.PHONY: help setup demo demo-steer bench-reward bench-method up down fmt keys manifests check test conflicting ci reference tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ down: setup  ## stop what `make up` started, and nothing else
 
 fmt: setup  ## format and fix what can be fixed by machine
 	.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
+
+keys: setup  ## renew services/config/KEYS.md (after a change of a run file's keys)
+	.venv/bin/python -m services.config.reference > services/config/KEYS.md
 
 manifests: setup  ## renew deploy/rayservice.yaml and deploy/rayjob.yaml (after a change of serve.yaml or pod.yaml)
 	.venv/bin/python -m deploy.kube service > deploy/rayservice.yaml

@@ -86,4 +86,5 @@ class CheckpointConfig(Frozen):
     """How many checkpoints are kept: the newest, or with a guard the best."""
 
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """How many deaths of workers a run survives."""
+    """How many deaths of workers a run survives. A worker that dies is replaced, and the run goes on from its last
+    checkpoint. A mistake, such as a number that is not finite, ends the run at once with one line that names it."""

@@ -21,12 +21,14 @@ class DirectAlignMethod(Frozen):
     `objective` has its keys."""
 
     kind: Literal["direct_align"] = "direct_align"
+    """The name of this method."""
 
 
 class ReflMethod(Frozen):
     """A baseline, ReFL (arXiv 2304.05977): a late step of the rollout predicts the image, with gradient."""
 
     kind: Literal["refl"]
+    """The name of this method."""
 
     late_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """The step is drawn from this last part of the rollout: steps 30 to 39 of 40 in the paper."""
@@ -37,6 +39,7 @@ class DraftLvMethod(Frozen):
     gradient."""
 
     kind: Literal["draft_lv"]
+    """The name of this method."""
 
     num_renoisings: Positive = 2
     """How many renoised copies of each image are made, at the sigma before the last step."""
@@ -47,6 +50,7 @@ class GrpoMethod(Frozen):
     and a clipped ratio of densities. It uses no gradient of the reward."""
 
     kind: Literal["grpo"]
+    """The name of this method."""
 
     group_size: Annotated[int, Field(ge=2)] = 8
     """The number of images of a prompt. A forward holds micro_batch × group_size images."""

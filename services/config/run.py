@@ -88,7 +88,7 @@ class TrackingConfig(Frozen):
 
 
 class RunConfig(Frozen):
-    """One run."""
+    """What a file holds: some keys of its own, and the sections below."""
 
     name: str
     """The run's name, also in MLflow."""
@@ -100,26 +100,62 @@ class RunConfig(Frozen):
     """The number of steps. Each is a rollout of `engine.global_batch` prompts and its update."""
 
     output_dir: Path = Path("outputs")
-    """The run writes to output_dir/name."""
+    """The run writes to output_dir/name: the aligned model as a folder that `FluxPipeline.from_pretrained` loads,
+    evaluation.json, before_after.png and checkpoints."""
 
     model: ModelConfig
+    """The model to train, and the size of its images."""
+
     prompts: PromptsConfig = PromptsConfig()
+    """The training prompts."""
+
     dataset: DatasetConfig | None = None
+    """Real images with captions, in place of `prompts.path`: offline training, without rollouts."""
+
     control_words: RunWordsConfig
+    """The words toward which and away from which the run trains."""
+
     rollout: RolloutConfig = RolloutConfig()
+    """The sampling of training."""
+
     method: MethodConfig = DirectAlignMethod()
+    """How rewards become updates: Direct-Align, or a baseline with the same rewards, engine and randomness."""
+
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What is maximized, and at which noise levels."""
+
     rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    """One reward or several at once; each name may come once."""
+
     reward_service: RewardServiceConfig = RewardServiceConfig()
+    """Where the rewards are computed."""
+
     optimizer: OptimizerConfig
+    """AdamW."""
+
     finetune: FinetuneConfig = FinetuneConfig()
+    """All weights or a LoRA adapter."""
+
     ema: EmaConfig | None = None
+    """A moving average of the trained weights, which then is the run's result."""
+
     engine: EngineConfig = EngineConfig()
+    """Workers, batches and devices."""
+
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints and restarts."""
+
     evaluation: EvaluationConfig
+    """Pictures of held-out prompts, during training and at its end."""
+
     guard: GuardConfig | None = None
+    """Checks that may end a run early and choose its best weights."""
+
     comparison: ComparisonConfig = ComparisonConfig()
+    """What `srpo evaluate` does beside."""
+
     tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
 
     @model_validator(mode="after")
     def _one_source(self) -> RunConfig:
