@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 Log = Callable[[Callable[[Tracker], None]], None]
 
 
-class Unanswered(SteeringError):
+class UnansweredError(SteeringError):
     """Raised if the reward service cannot be reached for the check. It is repeated before the next step."""
 
 
@@ -41,7 +41,7 @@ class LiveSteering:
     """The steering in force, the same on all workers. Only worker 0 has a `tracker` to read from and writes with `log`.
 
     `check` is called with the run as it would go on. It raises SteeringError if the reward service refuses that, and
-    Unanswered if the service cannot be reached.
+    UnansweredError if the service cannot be reached.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class LiveSteering:
         message = f"{reason}; {self.in_force.summary} stays in force"
         if text != self._refused:
             print(f"refused {TAG}: {message}", flush=True)
-        self._refused = None if isinstance(reason, Unanswered) else text
+        self._refused = None if isinstance(reason, UnansweredError) else text
         if current_message != message:
             self._log(lambda tracker: tracker.set_tag(ERROR_TAG, message))
 
@@ -109,14 +109,14 @@ class LiveSteering:
 def check_with_service(client: RewardClient, drawn: Sequence[LocatedPrompt], config: RunConfig) -> None:
     """Check that each reward accepts the longest prompts that training draws, under the run's words.
 
-    Raises SteeringError where it does not take them, and Unanswered where the service fails.
+    Raises SteeringError where it does not take them, and UnansweredError where the service fails.
     """
     try:
         require_accepted(client, config, drawn)
     except RefusedError as error:
         raise SteeringError(str(error)) from error
     except RewardError as error:
-        raise Unanswered(f"the reward service does not answer, and the check will be repeated: {error}") from error
+        raise UnansweredError(f"the reward service does not answer, and the check will be repeated: {error}") from error
 
 
 class _TagReader:

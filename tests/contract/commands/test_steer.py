@@ -14,7 +14,7 @@ from services.commands.main import main
 from services.config.run import load_run_config
 from services.config.steering import TAG, Steering, SteeringError, version_tag
 from trainer.data.prompt_files import LocatedPrompt
-from trainer.runtime.steering import Unanswered, check_with_service
+from trainer.runtime.steering import UnansweredError, check_with_service
 
 RUN = Path(__file__).resolve().parents[3] / "deploy" / "runs" / "tiny_srpo.yaml"
 PAIR = ("--positive", "Flat", "--negative", "3D")
@@ -98,5 +98,5 @@ def test_words_that_the_reward_service_refuses_are_refused(reward_url: str) -> N
         check_with_service(client, drawn, steered.applied_to(config))
         with pytest.raises(SteeringError, match=r"tiny-clip does not accept 1 of .*max_text_chars"):
             check_with_service(client, drawn, Steering(positive="Oil" * 1000, negative="3D").applied_to(config))
-    with RewardClient(f"http://127.0.0.1:{free_port()}", max_attempts=1) as client, pytest.raises(Unanswered):
+    with RewardClient(f"http://127.0.0.1:{free_port()}", max_attempts=1) as client, pytest.raises(UnansweredError):
         check_with_service(client, drawn, config)

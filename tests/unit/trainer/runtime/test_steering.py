@@ -1,4 +1,4 @@
-"""Steering on a real MLflow run: what it applies, what it refuses, what a restart restores, what happens without MLflow."""
+"""Steering on a real MLflow run: what it applies, refuses and restores after a restart, and a silent MLflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from services.clients.tracking import Tracker
 from services.config.run import RunConfig, load_run_config
 from services.config.steering import ERROR_TAG, TAG, Steering, SteeringError, version_tag
-from trainer.runtime.steering import LiveSteering, Unanswered
+from trainer.runtime.steering import LiveSteering, UnansweredError
 
 RUN = Path(__file__).resolve().parents[4] / "deploy" / "runs" / "tiny_srpo.yaml"
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_after_the_last_version_an_edit_is_refused_and_the_run_goes_on(tracker: 
 
 
 def test_a_check_without_answer_is_repeated_and_a_refused_one_is_not(tracker: Tracker) -> None:
-    answers: list[SteeringError | None] = [Unanswered("busy"), Unanswered("busy"), SteeringError("too long")]
+    answers: list[SteeringError | None] = [UnansweredError("busy"), UnansweredError("busy"), SteeringError("too long")]
 
     def answer(_: RunConfig) -> None:
         if error := answers.pop(0):
