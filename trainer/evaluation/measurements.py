@@ -76,8 +76,8 @@ class Measurer:
         if self._judges is None:
             features = torch.cat([picture_features(chunk) for chunk in images.split(_BATCH)])
         else:
-            judged, features = self._judges.judge(images, prompts, _BATCH)
-            values |= judged
+            judge_values, features = self._judges.judge(images, prompts, _BATCH)
+            values |= judge_values
         measurements = Measurements(images, values, features)
         base = base or measurements
         values["base_pixel_distance"] = torch.cat(

@@ -46,8 +46,8 @@ def test_noisy_sampling_keeps_the_distribution_at_every_sigma(noise_level: float
         if number in (0, num_steps - 1):
             latents = euler_step(latents, velocity, sigma, sigma_next)
         else:
-            centre, spread = noisy_step(latents, velocity, sigma, sigma_next, noise_level)
-            latents = centre + spread * torch.randn(latents.shape, generator=random, dtype=torch.float64)
+            center, spread = noisy_step(latents, velocity, sigma, sigma_next, noise_level)
+            latents = center + spread * torch.randn(latents.shape, generator=random, dtype=torch.float64)
         if number % 100 == 99:
             assert latents.mean().item() == pytest.approx(float(1 - sigma_next) * mean, abs=0.02)
             expected = math.sqrt(float(1 - sigma_next) ** 2 * std**2 + float(sigma_next) ** 2)

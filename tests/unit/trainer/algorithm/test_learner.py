@@ -53,10 +53,10 @@ BASELINES: dict[str, dict[str, Any]] = {
 SIZES = [(HEIGHT_PX, WIDTH_PX), (WIDTH_PX, HEIGHT_PX)]
 STEP = 3
 CLOSE = 1e-5  # of the largest gradient
-# workers, micro_batch, stage; the first is what the others must equal
+# workers, micro_batch, stage; all must equal the first
 LAYOUTS = [(1, 4, 0), (1, 1, 2), (2, 1, 0), (2, 2, 1), (2, 1, 2), (2, 2, 3), (2, 1, 3)]
 BASELINE_LAYOUTS = [LAYOUTS[0], LAYOUTS[1], (2, 1, 2), LAYOUTS[-1]]
-# steps of several sizes; "offline" has images of a dataset in place of rollouts
+# steps of several sizes; "offline" reads a dataset's images in place of rollouts
 OTHER_SOURCES = ["sizes", "offline"]
 PLACES = [
     *((name, layout) for name in OBJECTIVES for layout in LAYOUTS),
@@ -70,7 +70,10 @@ Result = tuple[dict[str, float], dict[str, Tensor]]
 
 
 def make_run(folder: Path, name: str, num_workers: int, micro_batch: int, zero_stage: int) -> RunConfig:
-    """For one step. AdamW with so large an epsilon moves a weight by 100 times its gradient: float32 shows it well."""
+    """Return a run of one step.
+
+    With so large an epsilon AdamW moves a weight by 100 times its gradient, which float32 resolves well.
+    """
     objective = {"kind": "srp"} if name in BASELINES else OBJECTIVES.get(name, {})
     size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
     sizes = SIZES if name in OTHER_SOURCES else []
@@ -97,12 +100,12 @@ def make_run(folder: Path, name: str, num_workers: int, micro_batch: int, zero_s
     return RunConfig.model_validate(run)
 
 
-def score(name: str, *asked: Any) -> RewardResponse:
-    return LocalReward(reads_text=name != "beauty")(name, *asked)
+def score(name: str, *request: Any) -> RewardResponse:
+    return LocalReward(reads_text=name != "beauty")(name, *request)
 
 
 def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
-    """A training step of each run; worker 0 writes its numbers and the weights after it."""
+    """Take a training step of each run. Worker 0 writes its metrics and the weights after it."""
     from trainer.algorithm.methods import make_learner, num_backwards
     from trainer.model.engine import Engine, init_distributed
 
@@ -124,14 +127,14 @@ def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
 
 
 def require_equal(num_forwards: int) -> None:
-    """On all workers: stage 3 needs it, and says nothing where sharing the weights happens to go well."""
+    """Fail if the workers differ: stage 3 needs equal numbers, but may work with others by chance."""
     counts = [0] * dist.get_world_size()
     dist.all_gather_object(counts, num_forwards)
     assert len(set(counts)) == 1, counts
 
 
 def write_drawn_images(folder: Path) -> None:
-    """A dataset of images that the model itself has drawn."""
+    """Write a dataset of images that the model itself has drawn."""
     flux = Policy.load(str(folder / "flux"), torch.float32)
     buckets = {}
     for size in SIZES:
@@ -150,7 +153,7 @@ def results(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     write_drawn_images(folder)
     runs = {(name, layout): make_run(folder, name, *layout) for name, layout in PLACES}
-    embed(runs["embedded", LAYOUTS[0]])
+    write_embeddings(runs["embedded", LAYOUTS[0]])
     paths = {place: folder / f"{number}.pt" for number, place in enumerate(runs)}
     for num_workers in (1, 2):
         places = [place for place in runs if place[1][0] == num_workers]
@@ -158,8 +161,8 @@ def results(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {place: torch.load(path) for place, path in paths.items()}
 
 
-def embed(run: RunConfig) -> None:
-    """As `srpo embed` does, in shards that no micro-batch equals."""
+def write_embeddings(run: RunConfig) -> None:
+    """Write the prompts' embeddings as `srpo encode-prompts` does, in shards of other sizes than any micro-batch."""
     folder, source = run.prompts.embeddings_path, Path(run.model.path)
     assert folder is not None
     prepare(folder, manifest_of(run, source))
@@ -197,19 +200,19 @@ def test_a_step_with_embeddings_from_disk_is_the_same_to_the_last_bit(
     assert all(weight.equal(expected_weights[name]) for name, weight in weights.items())
 
 
-def not_a_number(name: str, *asked: Any) -> RewardResponse:
-    response = score(name, *asked)
+def not_a_number(name: str, *request: Any) -> RewardResponse:
+    response = score(name, *request)
     return replace(response, rewards=response.rewards * math.nan)
 
 
-def far_below_zero(name: str, *asked: Any) -> RewardResponse:
-    """Finite, but no sum of it is."""
-    response = score(name, *asked)
+def far_below_zero(name: str, *request: Any) -> RewardResponse:
+    """Return rewards that are finite, but whose sum is not."""
+    response = score(name, *request)
     return replace(response, rewards=np.full_like(response.rewards, -3e38))
 
 
-def steep(name: str, *asked: Any) -> RewardResponse:
-    response = score(name, *asked)
+def steep(name: str, *request: Any) -> RewardResponse:
+    response = score(name, *request)
     assert isinstance(response.image_gradient, np.ndarray)
     return replace(response, image_gradient=np.full_like(response.image_gradient, 1e38))
 
@@ -224,7 +227,7 @@ def break_steps(rank: int, runs: Sequence[RunConfig], too_wide: RunConfig) -> No
 
 
 def break_step(rank: int, run: RunConfig) -> None:
-    """A reward, a loss, a gradient and a model that are not finite: each is named, with its step."""
+    """Check that each non-finite reward, loss, gradient and latent is reported with its step."""
     from trainer.algorithm.learner import StepError
     from trainer.algorithm.methods import make_learner, num_backwards
     from trainer.model.engine import Engine
@@ -233,8 +236,8 @@ def break_step(rank: int, run: RunConfig) -> None:
     engine = Engine.create(flux.transformer, run.optimizer, run.engine, num_backwards(run), torch.float32)
     encode = partial(flux.encode_prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
 
-    def step(judge: Any) -> None:
-        learner = make_learner(run, engine, flux, judge, encode)
+    def step(reward: Any) -> None:
+        learner = make_learner(run, engine, flux, reward, encode)
         for materials in learner.roll_out(STEP):
             for material in materials:
                 learner.learn(material)
@@ -249,7 +252,7 @@ def break_step(rank: int, run: RunConfig) -> None:
         step(not_a_number)
     with pytest.raises(StepError, match=rf"{where}: {loss} is not finite"):
         step(far_below_zero)
-    if run.method.kind != "grpo":  # it asks for no gradient
+    if run.method.kind != "grpo":  # it requests no gradient
         with pytest.raises(StepError, match=r"^step 4: the gradient's norm over all workers is (inf|nan)"):
             step(steep)
     for parameter in flux.transformer.parameters():
@@ -259,7 +262,7 @@ def break_step(rank: int, run: RunConfig) -> None:
 
 
 def refuse_delta_sigma(run: RunConfig) -> None:
-    """The workers alone know a dynamic shift, which is the model's."""
+    """Check that the learner refuses a Δσ that is too large under a dynamic shift, which only the model knows."""
     from trainer.algorithm.methods import make_learner
 
     flux = Policy.load(run.model.path, torch.float32)
@@ -274,8 +277,8 @@ def folder(flux_folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_would_train_noise_is_named_with_its_step_in_every_method(folder: Path) -> None:
-    """And Δσ with no room under a dynamic shift, in the same worker, as one takes long to start."""
+def test_every_method_reports_what_is_not_finite_with_its_step(folder: Path) -> None:
+    """The same worker also tries a Δσ that is too large under a dynamic shift: a worker takes long to start."""
     run = make_run(folder, "default", 1, 1, 0)
     objective = run.objective.model_copy(update={"delta_sigma": 0.5})
     rollout = run.rollout.model_copy(update={"shift": "dynamic"})
