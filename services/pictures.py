@@ -1,10 +1,10 @@
-"""PNG, JPEG and WebP bytes of strangers into pixels: looked at before they are decoded, whole or not at all.
+"""Read untrusted PNG, JPEG and WebP files: check the header before decoding, and refuse what is incomplete.
 
-    picture = open_picture(data, "images[0]")     # header only: picture.size is known, nothing is decoded
+    picture = open_picture(data, "images[0]")     # reads the header: picture.size is known, nothing is decoded
     image = read_pixels(picture, "images[0]")     # (3, height_px, width_px) uint8, as a viewer shows it
-    image = read_picture(Path("cat.jpg"))         # the same of a file
+    image = read_picture(Path("cat.jpg"))         # both, for a file
 
-Not here: colour profiles (pixels are taken as sRGB) and animations (refused, rather than judged by a frame).
+Left out: color profiles (pixels are taken as sRGB) and animations (they are refused, not judged by one frame).
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _UPRIGHT = {  # how to undo each EXIF orientation
 }
 _JPEG_SCAN = b"\xff\xda"  # cannot occur in a scan's own data
 _MAX_JPEG_SCANS = 100  # each is a pass over all pixels, and may be a few bytes long; encoders write about ten
-# All that Pillow's decoders raise at damaged files.
+# Everything that Pillow's decoders raise for damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
 class PictureError(ContractError):
-    """Bytes that are no picture, not a whole one, or not one that is read here; the text names which and why."""
+    """Bytes that are no picture, an incomplete one, or one of an unsupported kind; the text names which and why."""
 
     reason = "picture"
 
 
 def open_picture(data: bytes, name: str) -> Image.Image:
-    """Read the header. Raises PictureError; whether the size is allowed is the caller's to decide."""
+    """Read the header. Raise PictureError if it is unusable; the caller decides whether the size is allowed."""
     try:
         picture = Image.open(BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
@@ -61,9 +61,12 @@ def open_picture(data: bytes, name: str) -> Image.Image:
 
 
 def read_pixels(picture: Image.Image, name: str) -> NDArray[np.uint8]:
-    """(3, height_px, width_px) uint8, upright as EXIF says, transparency laid on white. PictureError for damage."""
+    """Return (3, height_px, width_px) uint8, turned upright as EXIF says, with transparency laid on white.
+
+    Raise PictureError if the file is damaged.
+    """
     try:
-        picture.load()  # an incomplete file is an error, not a grey area
+        picture.load()  # an incomplete file is an error, not a gray area
         orientation = picture.getexif().get(_EXIF_ORIENTATION)
         flat = _flatten(picture)
     except _DAMAGE as error:
@@ -73,7 +76,7 @@ def read_pixels(picture: Image.Image, name: str) -> NDArray[np.uint8]:
 
 
 def read_picture(path: Path) -> NDArray[np.uint8]:
-    """(3, height_px, width_px) of a file. Raises PictureError naming it."""
+    """Return the (3, height_px, width_px) uint8 of a file. Raise PictureError, which names the file."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -82,10 +85,10 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
 
 
 def _flatten(picture: Image.Image) -> Image.Image:
-    """RGB. Of 16 bits the high ones are taken, as Pillow itself does for 16-bit colours (but not for 16-bit greys)."""
+    """Return RGB. 16 bits are cut to the high 8, as Pillow does for 16-bit colors (but not for 16-bit grays)."""
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if not picture.has_transparency_data:
-        return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it all
+        return picture if picture.mode == "RGB" else picture.convert("RGB")  # convert copies all pixels
     layer = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -20,8 +20,9 @@ _TITLE = """\
 Written by `make keys` from the classes in this folder; edit those, not this file.
 
 One YAML file is one run. An unknown key is an error. Relative paths are taken from the folder in which the command was
-started. `deploy/runs/` has examples: `tiny_srpo.yaml` is the demo's, and `flux1_dev_srpo.yaml` has the published settings
-for FLUX.1-dev with HPS v2.1 (not run by us so far; it needs GPUs). Below, `section[]` is each item of a list of sections.
+started. `deploy/runs/` has examples: `tiny_srpo.yaml` is the demo's; `flux1_dev_srpo.yaml` has the settings published
+for FLUX.1-dev with HPS v2.1 (not run by us so far; it needs GPUs). Below, `section[]` is each item of a list of
+sections.
 """
 _BAR = r"\|"  # in a cell
 _HEADER = "| key | values | default | meaning |\n|---|---|---|---|"

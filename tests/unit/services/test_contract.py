@@ -15,15 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from services.contract import (
-    MAX_HEADER_BYTES,
-    ContractError,
-    Images,
-    PromptPair,
-    RewardRequest,
-    RewardResponse,
-    WeightedReward,
-)
+from services.contract import ContractError, Images, PromptPair, RewardRequest, RewardResponse, WeightedReward
+from services.wire_format import MAX_HEADER_BYTES
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "reward_request.safetensors"
 PAIR = PromptPair(prompt="grinning face", positive="3D", negative="Flat")
@@ -32,7 +25,7 @@ REQUEST = RewardRequest(IMAGES, (PAIR,), (0.25,), (WeightedReward("fluent-clip")
 
 
 def body_with(tensors: dict[str, Any] | None = None, **changes: Any) -> bytes:
-    """The bytes of a request with some fields of its message replaced, or dropped where None."""
+    """Return the bytes of a request with some fields of its message replaced, or removed if None."""
     message = {
         "pairs": [{"prompt": "a", "positive": "b", "negative": "c"}],
         "preference_scales": [0.1],

@@ -1,4 +1,4 @@
-"""Pictures of strangers: every format gives the pixels that a viewer shows, and what is not one is named, cheaply."""
+"""Reading untrusted picture files: the pixels are those that a viewer shows; a bad file is named before it is decoded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.contract import ContractError
 from services.pictures import PictureError, open_picture, read_pixels
 
 _NUM_DAMAGED = 2000
-PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)  # height, width, colour
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), np.uint8)  # height, width, color
 
 
 def file_of(picture: Image.Image | np.ndarray[Any, Any], kind: str = "PNG", **options: Any) -> bytes:
@@ -28,19 +28,19 @@ def file_of(picture: Image.Image | np.ndarray[Any, Any], kind: str = "PNG", **op
 
 
 def read(data: bytes) -> np.ndarray[Any, Any]:
-    """(height, width, 3)."""
+    """Return pixels (height, width, 3)."""
     pixels = read_pixels(open_picture(data, "picture"), "picture")
     assert pixels.dtype == np.uint8
     return pixels.transpose(1, 2, 0)
 
 
-def png_of(width: int, height: int, colour_type: int = 2, data: bytes = b"") -> bytes:
+def png_of(width: int, height: int, color_type: int = 2, data: bytes = b"") -> bytes:
     """A PNG whose header claims a size."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -54,23 +54,23 @@ def test_a_jpeg_is_what_pillow_decodes() -> None:
     np.testing.assert_array_equal(read(data), np.asarray(Image.open(BytesIO(data))))
 
 
-def test_of_a_phones_photo_with_appendages_the_photo_is_read() -> None:
+def test_a_phone_photo_with_a_preview_gives_the_photo() -> None:
     photo = Image.fromarray(np.full((6, 4, 3), 200, np.uint8))
     data = file_of(photo, "MPO", save_all=True, append_images=[Image.new("RGB", (2, 2))])
     np.testing.assert_array_equal(read(data), np.asarray(photo))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "RGBA", "PA", "I;16"])
-def test_every_mode_becomes_three_colours(mode: str) -> None:
+def test_every_mode_becomes_three_colors(mode: str) -> None:
     kind = "JPEG" if mode == "CMYK" else "PNG"
-    grey = Image.fromarray(PIXELS).convert("L")
-    picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    gray = Image.fromarray(PIXELS).convert("L")
+    picture = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257) if mode == "I;16" else gray.convert(mode)
     if mode == "PA":
         picture = Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]])).quantize()
     pixels = read(file_of(picture, kind))
     assert pixels.shape == PIXELS.shape
     if mode in ("L", "LA", "RGBA", "I;16"):
-        np.testing.assert_array_equal(pixels, np.asarray(grey)[..., None].repeat(3, axis=2))
+        np.testing.assert_array_equal(pixels, np.asarray(gray)[..., None].repeat(3, axis=2))
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -81,7 +81,7 @@ def test_transparency_is_laid_on_white() -> None:
     assert (pixels[3:] == 255).all()
 
 
-def test_a_transparent_colour_of_a_palette_is_laid_on_white() -> None:
+def test_a_transparent_color_of_a_palette_is_laid_on_white() -> None:
     picture = Image.new("P", (4, 4), 0)
     picture.putpalette([10, 20, 30])
     assert (read(file_of(picture, transparency=0)) == 255).all()
@@ -123,13 +123,13 @@ def test_a_truncated_picture_is_an_error(kind: str, part: float) -> None:
         (file_of(PIXELS, "JPEG")[:-2] + b"\xff\xda" * 101, "scans"),
     ],
 )
-def test_what_is_not_read_here_is_named(data: bytes, named: str) -> None:
+def test_an_unsupported_file_is_named(data: bytes, named: str) -> None:
     with pytest.raises(PictureError, match=f"picture.*{named}"):
         open_picture(data, "picture")
 
 
 def test_a_picture_that_is_too_large_is_refused_before_it_is_decoded() -> None:
-    """There is nothing to decode in it, so that decoding it would be another error."""
+    """The file holds nothing to decode, so that decoding it would be another error."""
     with pytest.raises(LimitExceeded, match=r"images\[1\] is 10000 x 8000"):
         read_pictures([file_of(PIXELS), png_of(10_000, 8000)], Limits())
 
