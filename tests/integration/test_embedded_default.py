@@ -1,4 +1,4 @@
-"""The shipped models: small, as good as they are said to be, and drawn with by the trainer as FluxPipeline does."""
+"""The shipped models are small and as good as their card says; trainer and FluxPipeline draw the same with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MAX_BYTES = 25_000_000
 STYLES = ("3D", "Flat", "Noto", "Twemoji")
 PROMPT_FILES = ("train", "validation", "test")
-AIMS = {  # of numbers.json: at least, at most
+AIMS = {  # of numbers.json: (minimum, maximum)
     "vae_psnr_db": (27, math.inf),
     "reward_orders_3d_flat": (0.93, 1),
     "judge_style_real": (0.90, 1),
@@ -49,7 +49,7 @@ def test_the_model_card_reaches_its_aims(name: str) -> None:
     assert lowest <= numbers[name] <= highest
 
 
-def test_the_readme_tells_what_the_demo_has_left() -> None:
+def test_the_readme_has_the_demos_numbers() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     demo = json.loads((ROOT / "deploy/runs/results/demo.json").read_text(encoding="utf-8"))
     columns = [demo["base"], demo["aligned"]["3D | Flat"], demo["aligned"]["Flat | 3D"]]
@@ -74,15 +74,15 @@ def test_training_guard_and_report_have_prompts_of_their_own(run: RunConfig) -> 
     assert [path.stem for path in paths if isinstance(path, Path)] == list(PROMPT_FILES)
 
 
-def test_trainer_draws_what_the_pipeline_draws_and_judges_tell_of_it(run: RunConfig) -> None:
+def test_the_trainer_draws_what_the_pipeline_draws_and_judges_measure_it(run: RunConfig) -> None:
     model, prompts = run.model, list(load_prompts(ROOT / run.evaluation.prompts_path, "prompt")[:2])
-    flux = Policy.load(str(ROOT / model.path), torch.float32)
+    policy = Policy.load(str(ROOT / model.path), torch.float32)
     size = model.height_px, model.width_px
-    noise = flux.draw_noise([torch.Generator().manual_seed(seed) for seed in range(2)], *size)
-    conditioning = flux.encode_prompts(prompts, model.max_sequence_length)
-    shift = flux.resolve_shift(run.rollout.shift, *size)
-    clean = sample(flux, conditioning, noise, Sampling(4, 3.5, shift, *size))
-    ours = flux.decode_image(clean, *size)
+    noise = policy.draw_noise([torch.Generator().manual_seed(seed) for seed in range(2)], *size)
+    conditioning = policy.encode_prompts(prompts, model.max_sequence_length)
+    shift = policy.resolve_shift(run.rollout.shift, *size)
+    clean = sample(policy, conditioning, noise, Sampling(4, 3.5, shift, *size))
+    ours = policy.decode_image(clean, *size)
     pipeline = FluxPipeline.from_pretrained(ROOT / model.path, dtype=torch.float32)
     theirs = pipeline(
         prompts,
