@@ -120,7 +120,7 @@ def check_with_service(client: RewardClient, drawn: Sequence[LocatedPrompt], con
 
 
 class _TagReader:
-    """Reads the run's tags in a thread, so that a dead server costs one timeout in all, not one for each step."""
+    """Reads the run's tags in a thread, so that a silent server delays one step for each request, not every step."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
