@@ -1,4 +1,4 @@
-"""Latents on disk as `srpo encode` leaves them, made without Ray."""
+"""Latents on disk as `srpo encode-images` leaves them, made without Ray."""
 
 from __future__ import annotations
 

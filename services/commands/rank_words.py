@@ -1,7 +1,7 @@
-"""`srpo rank-words`: pictures and candidate control words in, what each word would do to them out.
+"""`srpo rank-words`: print which control words could change the reward on given pictures, before any training.
 
-Asks the reward service for the similarity of every picture to "word. prompt" and its gradient; rank_words.py makes
-verdicts of that. One picture's gradients are held at a time.
+It gets the similarity of every picture to "word. prompt" and its gradient from the reward service; word_effects.py
+judges the words by them. One picture's gradients are held at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.clients.reward import RewardClient
+from services.commands.usage import add_reward_options, choose_reward
 from services.commands.word_effects import (
     Finding,
     Measured,
@@ -32,27 +33,45 @@ from services.contract import PromptPair, RewardRequest, WeightedReward
 from services.pictures import read_picture
 
 _MAX_TEXTS_PER_REQUEST = 8
-_MAX_PIXELS_PER_REQUEST = 4096**2  # of all copies of a picture; by default the service takes four times as many
+_MAX_PIXELS_PER_REQUEST = 4096**2  # of all copies of a picture; the service takes four times as many by default
 _DRAW_TIMEOUT_S = 3600.0
 _LEGEND = """\
-strength  gradient of the reward that the word adds; 1: as much as a meaningless word may by chance
-moved     share of the pictures on which that is above 1
-common    share of it that the other words' mean would do as well
-reward    its mean; side = mean / standard deviation; agree = share of pictures with its sign
+strength  gradient that the word adds to the reward; 1: as much as a meaningless word may add by chance
+moved     share of the pictures with a strength above 1
+common    share of the word's effect that the other words' mean has too
+reward    mean over the pictures; side = mean / standard deviation; agree = share of pictures with its sign
 verdict   weak: strength up to 1; inconsistent: its interval reaches down to 1, or half of the pictures are not moved;
           repeats …: common above 50 %"""
 
 Picture = NDArray[np.uint8]  # (3, height_px, width_px)
 
 
-def try_words(args: argparse.Namespace, client: RewardClient, reward: str) -> int:
-    """Print a table, or JSON lines. Raises TrialError, ContractError for a picture or word, RewardError."""
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `srpo rank-words`."""
+    parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="PNG, JPEG or WebP; six or more")
+    parser.add_argument("--prompt", help="what all images show, without control words")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, for each image or to draw")
+    parser.add_argument("--model", help="draw the images from --prompts with it: a folder, or a hub id")
+    parser.add_argument("--num-images", type=int, default=24, help="how many of the prompts to draw (%(default)s)")
+    parser.add_argument("--words", nargs="+", default=[], metavar="WORD", help="candidate control words")
+    parser.add_argument("--words-file", type=Path, metavar="FILE", help="a file with more of them, one a line")
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument("--negative", help="compare each word with this one, not with meaningless words")
+    against.add_argument("--pairs", action="store_true", help="compare every two words with each other")
+    add_reward_options(parser)
+    parser.set_defaults(handler=_rank_words)
+
+
+def _rank_words(args: argparse.Namespace) -> int:
+    """Print a table, or JSON lines. Raise TrialError, RewardError, or ContractError for a bad picture or word."""
+    reward = choose_reward(args)
     words = [*args.words, *(_lines(args.words_file) if args.words_file else ())]
     words = list(dict.fromkeys([*words, args.negative] if args.negative else words))
     prompts = _prompts(args)
-    check_enough(len(prompts), words, args.negative)  # before anything is drawn or asked
+    check_enough(len(prompts), words, args.negative)  # before anything is drawn or requested
     pictures = draw(args.model, prompts) if args.model else [read_picture(path) for path in args.images]
-    measured = measure(client, reward, pictures, prompts, words)
+    with RewardClient(args.url) as client:
+        measured = measure(client, reward, pictures, prompts, words)
     findings = rank_pairs(measured) if args.pairs else rank(measured, args.negative)
     if args.json:
         print(*(json.dumps(asdict(finding)) for finding in findings), sep="\n")
@@ -64,21 +83,21 @@ def try_words(args: argparse.Namespace, client: RewardClient, reward: str) -> in
 def measure(
     client: RewardClient, reward: str, pictures: Sequence[Picture], prompts: Sequence[str], words: Sequence[str]
 ) -> Measured:
-    """Each picture under its own prompt with every word and meaningless word. Raises RewardError."""
+    """Score each picture under its own prompt with every word and meaningless word. Raise RewardError."""
     meaningless = meaningless_words()
     texts = [*words, *meaningless]
     similarities = np.empty((len(pictures), len(texts)))
     gram = np.empty((len(pictures), len(texts), len(texts)))
     for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
-        similarities[index], gradients = _ask(client, reward, picture, prompt, texts)
+        similarities[index], gradients = _score_texts(client, reward, picture, prompt, texts)
         gram[index] = gradients @ gradients.T
     return Measured(tuple(words), meaningless, similarities, gram)
 
 
-def _ask(
+def _score_texts(
     client: RewardClient, reward: str, picture: Picture, prompt: str, texts: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """(texts,) similarities, and (texts, pixels) gradients less that of the last text."""
+    """Return similarities (texts,), and gradients (texts, pixels) minus that of the last text."""
     similarities, gradients = np.empty(len(texts)), np.zeros((len(texts), picture.size), np.float32)
     size = texts_per_request(*picture.shape[1:])
     for start in range(0, len(texts) - 1, size):
@@ -86,19 +105,19 @@ def _ask(
         pairs = tuple(PromptPair(prompt, text, texts[-1]) for text in texts[chunk])
         images = np.broadcast_to(picture, (len(pairs), *picture.shape))
         response = client.score(RewardRequest(images, pairs, (0.0,) * len(pairs), (WeightedReward(reward),)))
-        assert isinstance(response.image_gradient, np.ndarray)  # the client has checked its shape
+        assert isinstance(response.image_gradient, np.ndarray)  # the client checks its shape
         similarities[chunk], similarities[-1] = response.positive_similarities[0], response.negative_similarities[0, 0]
         gradients[chunk] = response.image_gradient.reshape(len(pairs), -1)
     return similarities, gradients
 
 
 def texts_per_request(height_px: int, width_px: int) -> int:
-    """How many copies of such a picture, each with a text of its own, one request may hold; at least one."""
+    """Return how many copies of such a picture, each with its own text, one request may hold; at least one."""
     return max(1, min(_MAX_TEXTS_PER_REQUEST, _MAX_PIXELS_PER_REQUEST // (height_px * width_px)))
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    """One for each picture that is given or to be drawn."""
+    """Return the prompt of each picture that is given or will be drawn. Raise TrialError if they do not fit."""
     if args.model and (args.images or not args.prompts):
         raise TrialError("--model draws the lines of --prompts FILE: give no images beside it")
     if bool(args.prompt) == bool(args.prompts):
@@ -122,7 +141,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def draw(model: str, prompts: Sequence[str]) -> list[Picture]:
-    """One picture a prompt, as `srpo sample` draws them. Raises TrialError with its last words if it fails."""
+    """Draw one picture a prompt with `srpo sample`. Raise TrialError with its last line if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         strip = Path(folder) / "strip.png"
         options = [option for prompt in prompts for option in ("--prompt", prompt)]
@@ -137,7 +156,7 @@ def draw(model: str, prompts: Sequence[str]) -> list[Picture]:
 
 
 def print_table(findings: Sequence[Finding], title: str) -> None:
-    """One line a word; what the columns mean is below it."""
+    """Print one line a word, and below the table what its columns mean."""
     width = max(len(_name(finding)) for finding in findings)
     print(title)
     print(f"{'word':{width}}  strength           moved  common   reward  side                agree  verdict")

@@ -1,21 +1,21 @@
-"""Which control words can move a reward on given images, before anything is trained on them: arithmetic, no service.
+"""Judge which control words can change a reward on given images, before any training: arithmetic, no service.
 
-A trainer climbs the gradient of the reward with respect to the image, so a word is worth what it adds to that
-gradient. The yardstick are meaningless words (`meaningless_words`): a reward that has not learned a word treats it as
-one of those. For an image x and texts t ("word. prompt"), with g_t = ∂ similarity(x, t) / ∂ x:
+A trainer follows the gradient of the reward with respect to the image, so a word is worth what it adds to that
+gradient. It is compared with meaningless words (`meaningless_words`): a reward that has not learned a word treats it
+like one of those. For an image x and texts t ("word. prompt"), with g_t = ∂ similarity(x, t) / ∂ x:
 
   effect of a word   e_w = g_w − mean of g over the meaningless words
   noise floor        Tukey's upper fence, Q3 + 1.5 · (Q3 − Q1), of ‖e_q‖ over the meaningless words q, each against
-                     the mean of the others. A percentile would not do: by chance some of them are spelled with a
-                     piece that the reward knows, and those few would set it
+                     the mean of the others. A percentile would fail: by chance some of them contain a piece of a word
+                     that the reward knows, and those few would set it
   strength           ‖e_w‖ / noise floor, one number an image; the geometric mean over the images
   common share       cos² between the gradient of the word's reward and the mean of the other candidates', over all
-                     images, 0 where they point apart: how much of what it does any candidate would do
+                     images, 0 if they point apart: how much of its effect any candidate would have
   side               the reward itself, mean / standard deviation over the images: which words the images show already
 
 All of them follow from similarities and from the inner products of the gradients of each image (its Gram matrix), so
-that no gradient has to be kept. Not here: asking the service (try_words.py). Not measured: whether a trained image
-looks like the word.
+that no gradient has to be kept. rank_words.py calls the service. Not measured: whether a trained image looks like the
+word.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 
-# With fewer images not even a side that all of them share is beyond chance: 2 · 0.5⁵ > 0.05 ≥ 2 · 0.5⁶.
+# With fewer images not even a side that they all share is beyond chance: 2 · 0.5⁵ > 0.05 ≥ 2 · 0.5⁶.
 MIN_IMAGES = 6
 NUM_MEANINGLESS = 20  # five on each side of the middle half
 _MIN_SHARE_MOVED = 0.5
@@ -42,15 +42,16 @@ MOVES, COMMON, INCONSISTENT, WEAK = _VERDICTS = ("moves", "repeats the common di
 
 
 class TrialError(ValueError):
-    """The words cannot be tried like this; the text names what is missing."""
+    """The words cannot be judged; the text names what is missing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """What the service said of each image under each text, in the order words, then meaningless words.
+    """What the service answered for each image under each text, in the order words, then meaningless words.
 
-    similarities (images, texts); gram (images, texts, texts): inner products of ∂ similarity / ∂ image, up to one
-    gradient, the same for all texts of an image, taken from each (only differences between texts are used).
+    similarities (images, texts).
+    gram (images, texts, texts): inner products of ∂ similarity / ∂ image. From all gradients of an image one and the
+    same gradient may be subtracted, because only differences between texts are used.
     """
 
     words: tuple[str, ...]
@@ -77,7 +78,7 @@ class Finding:
 
 
 def meaningless_words(count: int = NUM_MEANINGLESS, seed: int = 0) -> tuple[str, ...]:
-    """Different words of two or three syllables that mean nothing; the same ones for the same seed."""
+    """Return different words of two or three syllables that mean nothing; the same ones for the same seed."""
     rng = np.random.default_rng(seed)
     drawn: dict[str, None] = {}
     while len(drawn) < count:
@@ -87,7 +88,7 @@ def meaningless_words(count: int = NUM_MEANINGLESS, seed: int = 0) -> tuple[str,
 
 
 def check_enough(num_images: int, words: Sequence[str], negative: str | None = None) -> None:
-    """Raises TrialError where nothing could be said of these images and words, whatever the service answers."""
+    """Raise TrialError if these images and words allow no judgment, whatever the service answers."""
     if num_images < MIN_IMAGES:
         raise TrialError(f"{num_images} images say nothing about consistency: give at least {MIN_IMAGES}")
     if not set(words) - {negative}:
@@ -95,9 +96,9 @@ def check_enough(num_images: int, words: Sequence[str], negative: str | None = N
 
 
 def rank(measured: Measured, negative: str | None = None) -> list[Finding]:
-    """Each word but `negative` against it (None: against the meaningless words); by verdict, the strongest first.
+    """Judge each word against `negative` (None: against the meaningless words). Sort by verdict, then by strength.
 
-    Raises TrialError for a reward whose gradient no text changes. What `check_enough` refuses has no meaning here.
+    Raise TrialError for a reward whose gradient no text changes. Call `check_enough` first.
     """
     strengths = _strengths(measured)
     names = [word for word in measured.words if word != negative]
@@ -111,10 +112,10 @@ def rank(measured: Measured, negative: str | None = None) -> list[Finding]:
 
 
 def rank_pairs(measured: Measured) -> list[Finding]:
-    """Every two words against each other, positive the one that the images show less; as strong as the weaker word.
+    """Judge every two words against each other. A pair is as strong as its weaker word.
 
-    The common direction of a pair is that of the words outside it, each against the meaningless words.
-    Raises TrialError as `rank` does.
+    Its positive word is the one that the images show less. Its common direction is that of the words outside the pair,
+    each against the meaningless words. Raise TrialError as `rank` does.
     """
     strengths = _strengths(measured)
     alone = _contrasts(measured, [(word, None) for word in measured.words])
@@ -130,7 +131,7 @@ def rank_pairs(measured: Measured) -> list[Finding]:
 
 
 def _contrasts(measured: Measured, pairs: Sequence[tuple[str, str | None]]) -> Float64:
-    """(pairs, texts): the factors of the texts in each pair's reward; None is the mean of the meaningless words."""
+    """Return the factors of the texts in each pair's reward (pairs, texts); None is the meaningless words' mean."""
     num_words, num_texts = len(measured.words), measured.similarities.shape[1]
     factors = np.zeros((len(pairs), num_texts))
     for row, (positive, negative) in enumerate(pairs):
@@ -143,7 +144,7 @@ def _contrasts(measured: Measured, pairs: Sequence[tuple[str, str | None]]) -> F
 
 
 def _strengths(measured: Measured) -> Float64:
-    """(images, words). Raises TrialError where the floor is zero: then no text changes this reward's gradient."""
+    """Return strengths (images, words). Raise TrialError if the floor is 0: no text changes this reward's gradient."""
     num_words, num_meaningless = len(measured.words), len(measured.meaningless)
     words = _contrasts(measured, [(word, None) for word in measured.words])
     meaningless = np.zeros((num_meaningless, words.shape[1]))
@@ -156,7 +157,7 @@ def _strengths(measured: Measured) -> Float64:
 
 
 def _norms(contrasts: Float64, gram: Float64) -> Float64:
-    """(images, contrasts): lengths of the gradients of sums of texts."""
+    """Return the lengths (images, contrasts) of the gradients of sums of texts."""
     return np.sqrt(np.maximum(np.einsum("ra,iab,rb->ir", contrasts, gram, contrasts), 0))
 
 
@@ -185,7 +186,7 @@ def _finding(
 
 
 def _verdict(strength: float, strength_low: float, share_moved: float, common_share: float | None) -> str:
-    """weak: as a meaningless word. inconsistent: so on half of the images, or perhaps on others like these."""
+    """Return WEAK: like a meaningless word. INCONSISTENT: so on half of the images, or perhaps on others like these."""
     if strength <= 1:
         return WEAK
     if strength_low <= 1 or share_moved <= _MIN_SHARE_MOVED:
@@ -194,7 +195,10 @@ def _verdict(strength: float, strength_low: float, share_moved: float, common_sh
 
 
 def _common_share(contrast: Float64, others: Float64, gram: Float64) -> float:
-    """cos² between the gradients of `contrast` and of the mean of `others`, gram summed over images; 0 if opposed."""
+    """Return cos² between the gradients of `contrast` and of the mean of `others`, or 0 if they are opposed.
+
+    gram (texts, texts): the sum over all images.
+    """
     mean = others.mean(axis=0)
     inner, lengths = contrast @ gram @ mean, (contrast @ gram @ contrast) * (mean @ gram @ mean)
     return float(max(inner, 0) ** 2 / lengths) if lengths > 0 else 0.0
@@ -205,12 +209,12 @@ def _mean(values: Float64) -> Float64:
 
 
 def _effect_size(values: Float64) -> Float64:
-    """Mean over standard deviation of the last axis."""
+    """Return mean / standard deviation over the last axis."""
     return np.asarray(values.mean(axis=-1) / np.maximum(values.std(axis=-1, ddof=1), np.finfo(float).tiny))
 
 
 def _bootstrap(values: Float64, statistic: Callable[[Float64], Float64]) -> tuple[float, float]:
-    """The 95 % interval of a statistic of the last axis when the images are drawn again with replacement."""
+    """Return the 95 % interval of a statistic of the last axis, with the images drawn again with replacement."""
     draws = np.random.default_rng(0).integers(len(values), size=(_NUM_RESAMPLES, len(values)))
     low, high = np.quantile(statistic(values[draws]), _INTERVAL)
     return float(low), float(high)

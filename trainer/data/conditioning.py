@@ -1,4 +1,4 @@
-"""The prompts that a run uses, and what gives their conditioning: encoded ahead in the run, or by `srpo embed` before.
+"""The prompts that a run uses, and their conditioning, encoded in the run or before it by `srpo encode-prompts`.
 
 encode = encoder(config, policy, prompts)
 conditioning = encode(prompts[:4])

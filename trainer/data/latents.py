@@ -27,7 +27,7 @@ from trainer.data.captioned_images import DatasetError, list_images
 
 _MANIFEST = "manifest.json"
 _LATENTS = "latents"
-_CURE = "run `srpo encode RUN.yaml`"
+_CURE = "run `srpo encode-images RUN.yaml`"
 
 
 class Shard(Frozen):

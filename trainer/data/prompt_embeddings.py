@@ -1,4 +1,4 @@
-"""Conditioning of prompts on disk: what `srpo embed` writes and training reads, a prompt at a time.
+"""Conditioning of prompts on disk: what `srpo encode-prompts` writes and training reads, a prompt at a time.
 
     folder/manifest.json          which text encoders made it, with how many tokens, in which dtype
     folder/HASH.safetensors       prompts; prompt_embeds (num_prompts, tokens, channels), pooled (num_prompts, channels)
@@ -25,7 +25,7 @@ from trainer.model.text_encoders import COMPONENTS, Conditioning
 _MANIFEST = "manifest.json"
 _SHARD = ".safetensors"
 _PARTIAL = ".partial"  # a file that is being written
-_CURE = "`srpo embed RUN.yaml` writes it"
+_CURE = "`srpo encode-prompts RUN.yaml` writes it"
 _WHOLE_FILE_BYTES, _NUM_PARTS, _PART_BYTES = 1 << 24, 16, 1 << 20
 
 
@@ -119,7 +119,7 @@ class Embeddings:
         if missing := self.missing(prompts):
             raise EmbeddingsError(
                 f"prompts.embeddings_path {self._folder} lacks {len(missing)} of the run's prompts, "
-                f"the first is {missing[0]!r}: `srpo embed RUN.yaml` adds them"
+                f"the first is {missing[0]!r}: `srpo encode-prompts RUN.yaml` adds them"
             )
 
     def read(self, prompts: Sequence[str], device: torch.device) -> Conditioning:

@@ -1,4 +1,4 @@
-"""`srpo encode RUN.yaml`: a dataset's images into latents, once, by Ray Data (`python -m trainer.jobs.encode_images`).
+"""`srpo encode-images RUN.yaml`: encode a dataset's images into latents once, by Ray Data.
 
 Two passes: every image is read whole, so that all that is wrong with the dataset is said before anything is encoded;
 then shards that are not there yet are encoded by engine.num_workers actors that hold a VAE each. An interrupted job
@@ -60,7 +60,7 @@ class PlannedShard:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="srpo encode", description="Encode a run's dataset into latents.")
+    parser = argparse.ArgumentParser(prog="srpo encode-images", description="Encode a run's dataset into latents.")
     parser.add_argument("run_file", type=Path)
     args = parser.parse_args(arguments)
     try:

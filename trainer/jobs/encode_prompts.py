@@ -1,4 +1,4 @@
-"""`srpo embed RUN.yaml`: encode a run's prompts by Ray Data before it trains, so that no worker holds T5.
+"""`srpo encode-prompts RUN.yaml`: encode a run's prompts by Ray Data before it trains, so that no worker holds T5.
 
 `python -m trainer.jobs.encode_prompts`, as a Ray job or in the foreground. What prompts.embeddings_path has is not
 encoded again, so that a job that was stopped goes on where it was.
@@ -36,7 +36,9 @@ class EmbedError(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 with a line on stderr."""
-    parser = argparse.ArgumentParser(prog="srpo embed", description="Encode a run's prompts into its embeddings_path.")
+    parser = argparse.ArgumentParser(
+        prog="srpo encode-prompts", description="Encode a run's prompts into its embeddings_path."
+    )
     parser.add_argument("run_file", type=Path)
     run_file: Path = parser.parse_args(arguments).run_file
     try:

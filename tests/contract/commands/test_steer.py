@@ -63,7 +63,7 @@ def test_its_version_is_above_all_that_came_into_force(run: Tracker, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ((), "nothing is asked for"),
+        ((), "nothing is requested"),
         ((*PAIR, "--reset"), "--reset"),
         (PAIR[:2], "negative is missing"),
         (("--positive", "", "--negative", "3D"), "positive: "),

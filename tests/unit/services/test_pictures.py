@@ -1,4 +1,4 @@
-"""Reading untrusted picture files: the pixels are those that a viewer shows; a bad file is named before it is decoded."""
+"""Reading untrusted picture files: pixels are those a viewer shows, and bad files are named before they are decoded."""
 
 from __future__ import annotations
 

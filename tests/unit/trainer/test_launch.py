@@ -64,7 +64,7 @@ def write(run: dict[str, Any]) -> Path:
         ("model", {"path": "nowhere/at/all"}, ["model.path nowhere/at/all", "no such folder"]),
         ("prompts", {"path": "missing.txt"}, ["missing.txt", "No such file"]),
         ("prompts", {"path": "train.csv"}, ["prompts.path: prompt file", "train.csv", "must end in .txt"]),
-        ("prompts", {"embeddings_path": "nowhere"}, ["prompts.embeddings_path", "nowhere", "srpo embed"]),
+        ("prompts", {"embeddings_path": "nowhere"}, ["prompts.embeddings_path", "nowhere", "srpo encode-prompts"]),
         (
             "evaluation",
             {"prompts_path": "empty.txt"},
@@ -111,8 +111,8 @@ def write_one_image(flux_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "named"),
     [
-        ({"sizes": [[32, 32], [48, 32]]}, ["was encoded for sizes 32 × 32", "32 × 32, 48 × 32", "srpo encode"]),
-        ({"path": "other"}, ["dataset.latents_path", "which is not that of model.path", "srpo encode"]),
+        ({"sizes": [[32, 32], [48, 32]]}, ["was encoded for sizes 32 × 32", "32 × 32, 48 × 32", "srpo encode-images"]),
+        ({"path": "other"}, ["dataset.latents_path", "which is not that of model.path", "srpo encode-images"]),
     ],
 )
 def test_latents_of_another_run_are_refused(
@@ -136,7 +136,7 @@ def test_a_dataset_that_has_changed_is_refused(
     Path("images/heart.txt").write_text("blue heart", encoding="utf-8")
     del run["prompts"]
     run["dataset"] = {"path": "images", "latents_path": "latents"}
-    assert_refused(run, ["has changed since it was encoded", "heart.png", "srpo encode"], capsys)
+    assert_refused(run, ["has changed since it was encoded", "heart.png", "srpo encode-images"], capsys)
 
 
 def test_a_step_of_sigma_that_no_size_has_room_for_is_named_under_a_dynamic_shift_too(

@@ -1,4 +1,4 @@
-"""The command as a person calls it: a mistake gives one line that names the thing and the cure, and exit code 1."""
+"""The command as a person calls it: a mistake gives exit code 1 and one line that says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from deploy.settings import free_port
+from services.commands.jobs import JOB_VERBS
 
 RUN = Path(__file__).resolve().parents[4] / "deploy" / "runs" / "tiny_srpo.yaml"
 PAIR = ("--prompt", "red heart", "--positive", "3D", "--negative", "Flat")
@@ -38,15 +39,23 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *named: str) -> No
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["run", "submit", "embed", "evaluate", "encode"])
+@pytest.mark.parametrize("command", ["run", "submit", "encode-prompts", "evaluate", "encode-images"])
 def test_an_unknown_key_is_named(command: str, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     run.write_text(RUN.read_text(encoding="utf-8") + "\nnum_step: 60\n", encoding="utf-8")
     assert_one_line(srpo(command, str(run)), str(run), "num_step", "60")
 
 
-def test_a_run_without_a_dataset_has_nothing_to_encode() -> None:
-    assert_one_line(srpo("encode", str(RUN)), "tiny_srpo.yaml has no dataset")
+@pytest.mark.parametrize("command", ["encode-images", "encode"])
+def test_a_run_without_a_dataset_has_nothing_to_encode(command: str) -> None:
+    assert_one_line(srpo(command, str(RUN)), "tiny_srpo.yaml has no dataset")
+
+
+def test_the_old_names_of_verbs_are_accepted() -> None:
+    assert {old: verb.name for verb in JOB_VERBS for old in verb.old_names} == {
+        "embed": "encode-prompts",
+        "encode": "encode-images",
+    }
 
 
 def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
@@ -54,13 +63,14 @@ def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(name, str(RUN)) for name in ("submit", "embed", "evaluate")] + [("jobs",), ("stop", "job")]
+    "arguments",
+    [(name, str(RUN)) for name in ("submit", "embed", "encode-prompts", "evaluate")] + [("jobs",), ("stop", "job")],
 )
-def test_an_absent_cluster_is_named_with_the_cure(arguments: tuple[str, ...], absent_url: str) -> None:
+def test_an_absent_cluster_is_named_with_advice(arguments: tuple[str, ...], absent_url: str) -> None:
     assert_one_line(srpo(*arguments, "--address", absent_url), absent_url, "make up")
 
 
-def test_an_absent_reward_service_is_named_with_the_cure(picture: str, absent_url: str) -> None:
+def test_an_absent_reward_service_is_named_with_advice(picture: str, absent_url: str) -> None:
     assert_one_line(srpo("score", picture, *PAIR, "--url", absent_url), absent_url, "make up")
 
 

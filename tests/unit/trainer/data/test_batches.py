@@ -154,12 +154,16 @@ def set_in_manifest(folder: Path, key: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "changed", "named"),
     [
-        (without_a_shard, {}, ["lacks 48x32-3.safetensors", "srpo encode"]),
-        (without_a_manifest, {}, ["has no manifest.json", "srpo encode"]),
-        (other_manifest, {}, ["manifest.json is no manifest", "srpo encode"]),
-        (encoded_elsewhere, {}, ["was encoded from /another/dataset, and dataset.path is", "srpo encode"]),
-        (encoded_in_another_dtype, {}, ["encoded in bfloat16, and model.dtype is float32", "srpo encode"]),
-        (None, {"model": {"path": "f", "height_px": 32, "width_px": 48}}, ["32 × 48, 48 × 32, 32 × 32", "srpo encode"]),
+        (without_a_shard, {}, ["lacks 48x32-3.safetensors", "srpo encode-images"]),
+        (without_a_manifest, {}, ["has no manifest.json", "srpo encode-images"]),
+        (other_manifest, {}, ["manifest.json is no manifest", "srpo encode-images"]),
+        (encoded_elsewhere, {}, ["was encoded from /another/dataset, and dataset.path is", "srpo encode-images"]),
+        (encoded_in_another_dtype, {}, ["encoded in bfloat16, and model.dtype is float32", "srpo encode-images"]),
+        (
+            None,
+            {"model": {"path": "f", "height_px": 32, "width_px": 48}},
+            ["32 × 48, 48 × 32, 32 × 32", "srpo encode-images"],
+        ),
         (None, {"engine": {"global_batch": 6}}, ["bucket 48 × 32 has 5 images", "global_batch 6", "32 × 48: 12"]),
     ],
 )
@@ -221,7 +225,7 @@ def test_a_dataset_that_has_changed_since_it_was_encoded_is_refused_where_it_can
     )
     require_unchanged(config)
     change(images)
-    told = rf"1 image\(s\) came, .* first is {re.escape(str(images / first))}: run `srpo encode"
+    told = rf"1 image\(s\) came, .* first is {re.escape(str(images / first))}: run `srpo encode-images"
     with pytest.raises(DatasetError, match=told):
         require_unchanged(config)
     images.rename(tmp_path / "elsewhere")

@@ -69,7 +69,9 @@ def test_a_job_that_was_stopped_goes_on(folder: Path) -> None:
 def test_missing_prompts_are_named_with_count_and_cure(folder: Path) -> None:
     embeddings = Embeddings.open(folder, MANIFEST)
     embeddings.require(PROMPTS[:5])
-    with pytest.raises(EmbeddingsError, match=r"lacks 3 of the run's prompts, the first is 'full moon'.*srpo embed"):
+    with pytest.raises(
+        EmbeddingsError, match=r"lacks 3 of the run's prompts, the first is 'full moon'.*srpo encode-prompts"
+    ):
         embeddings.require(PROMPTS)
     with pytest.raises(EmbeddingsError, match="lacks 1 of"):
         embeddings.read(PROMPTS[4:6], CPU)
@@ -84,7 +86,9 @@ def test_embeddings_of_other_settings_are_refused(folder: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(EmbeddingsError, match=r"absent has no manifest\.json: `srpo embed RUN\.yaml` writes it"):
+    with pytest.raises(
+        EmbeddingsError, match=r"absent has no manifest\.json: `srpo encode-prompts RUN\.yaml` writes it"
+    ):
         Embeddings.open(tmp_path / "absent", MANIFEST)
     shard = next(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
