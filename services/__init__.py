@@ -1,1 +1,1 @@
-"""What processes say to each other, and what people call."""
+"""What trainer, reward service and people share: messages, run files, clients and the command `srpo`."""

@@ -1,1 +1,1 @@
-"""Clients of the reward service, of Ray jobs and of MLflow."""
+"""The clients of the reward service, of Ray jobs and of MLflow."""

@@ -1,4 +1,4 @@
-"""The only Ray Jobs client: submit a run, list runs, follow what they print, stop them.
+"""Submit, list, follow and stop Ray jobs. No other file imports Ray's job client.
 
 jobs = Jobs("http://127.0.0.1:8265")
 job_id = jobs.submit(Path("deploy/runs/tiny_srpo.yaml"))
@@ -24,7 +24,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 T = TypeVar("T")
-logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it announces that a log has ended
+logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it reports the end of every log
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where `make up` starts Ray's dashboard, and Ray's own default
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address that it is given
 _ALIVE = ("PENDING", "RUNNING")
@@ -32,12 +32,13 @@ _POLL_S = 0.2
 
 
 class JobsError(RuntimeError):
-    """The cluster did not take the request; the text names its address, or the job."""
+    """The cluster did not accept the request; the text names its address or the job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """
+    """A submitted job.
+
     >>> Job(id="raysubmit_x", run="deploy/runs/tiny_srpo.yaml", status="RUNNING")
     """
 
@@ -47,11 +48,12 @@ class Job:
 
     @property
     def is_alive(self) -> bool:
+        """Whether the job has not ended."""
         return self.status in _ALIVE
 
 
 class Jobs:
-    """The jobs of one cluster. Raises JobsError where nobody answers at the address of its dashboard."""
+    """The jobs of one cluster. Every method raises JobsError if nothing answers at the address of its dashboard."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
         self.address = address
@@ -62,9 +64,9 @@ class Jobs:
     ) -> str:
         """Start `python -m program run_file arguments…` as a Ray job and return its id.
 
-        `num_gpus` are for the program itself; trainings ask for their workers' on their own.
-        The job runs in the caller's folder under the caller's Python, so this is for clusters that share the disk;
-        others take `ray job submit --working-dir . -- python -m trainer.launch RUN.yaml`.
+        `num_gpus` are for the program itself; trainings request the GPUs of their workers. The job runs in the caller's
+        folder with the caller's Python, so the cluster must share the disk. For other clusters use
+        `ray job submit --working-dir . -- python -m trainer.launch RUN.yaml`.
         """
         command = shlex.join([sys.executable, "-m", program, str(run_file), *arguments])
         entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {command}"
@@ -76,7 +78,7 @@ class Jobs:
         )
 
     def list(self) -> list[Job]:
-        """Every job that the cluster remembers and that was submitted, oldest first."""
+        """Return the submitted jobs that the cluster remembers, oldest first."""
         details = self._ask(self._client.list_jobs)
         submitted = sorted((each for each in details if each.submission_id), key=lambda each: each.start_time or 0)
         return [
@@ -85,24 +87,24 @@ class Jobs:
         ]
 
     def status(self, job_id: str) -> str:
-        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+        """Return PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
         return str(self._ask(lambda: self._client.get_job_status(job_id)).value)
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """What the job prints, in pieces as they come, from its start until it ends."""
+        """Yield what the job prints from its start until its end, in pieces as they come."""
         with asyncio.Runner() as runner:
             pieces = self._client.tail_job_logs(job_id)
             while (piece := self._ask(lambda: runner.run(_next_piece(pieces)))) is not None:
                 yield piece
 
     def stop(self, job_id: str) -> None:
-        """Ask the job to end; it is killed if it does not within a few seconds. A job that has ended stays so."""
+        """Ask the job to end; Ray kills it after a few seconds. A job that has ended stays as it is."""
         self._ask(lambda: self._client.stop_job(job_id))
 
     def end(self, job_id: str, timeout_s: float = 10.0) -> str:
-        """Stop it if it has not ended, and wait until it has, `timeout_s` at most. Returns its status then.
+        """Stop the job unless it has ended, wait until it has, at most `timeout_s`, and return its status.
 
-        So that it can close what it holds, its MLflow run above all, before the services go down.
+        Waiting lets the job close what it holds, its MLflow run above all, before the services go down.
         """
         if (status := self.status(job_id)) in _ALIVE:
             self.stop(job_id)
@@ -121,14 +123,14 @@ class Jobs:
             ) from error
         except AuthenticationError as error:
             raise JobsError(
-                f"Ray at {self.address} wants its token: put it into {token_path()}, or set RAY_AUTH_TOKEN"
+                f"Ray at {self.address} requires its token: put it into {token_path()}, or set RAY_AUTH_TOKEN"
             ) from error
-        except RuntimeError as error:  # what the client raises for every refusal
+        except RuntimeError as error:  # the client raises it for every refusal
             raise JobsError(f"Ray at {self.address} refused: {str(error).splitlines()[0]}") from error
 
 
 def _client(address: str) -> JobSubmissionClient:
-    """Of this address, whatever the environment names."""
+    """Return a client of this address, whatever address the environment names."""
     hidden = {name: os.environ.pop(name) for name in ADDRESS_VARIABLES if name in os.environ}
     try:
         return JobSubmissionClient(address, headers=request_headers())
@@ -137,12 +139,12 @@ def _client(address: str) -> JobSubmissionClient:
 
 
 def token_path() -> Path:
-    """Where Ray's token is kept, for Ray's own tools and for ours."""
+    """Return the file of Ray's token, which Ray's own tools read too."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
 def request_headers() -> dict[str, str]:
-    """Ray's token, if there is one, as the dashboard wants it; a cluster without authentication ignores it."""
+    """Return the HTTP header with Ray's token, if there is one. A cluster without authentication ignores it."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return {"Authorization": f"Bearer {token}"}
     path = token_path()

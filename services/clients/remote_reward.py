@@ -1,7 +1,7 @@
 """The remote reward as a differentiable torch function: `reward = remote_reward(images, pairs, client=…, reward=…)`.
 
-The service answers r and ∂r/∂images. Backward multiplies the latter by what comes in, so that the gradient is the one
-of autograd through the reward model, which lives elsewhere. There is no second derivative: asking for one is an error.
+The service answers r and ∂r/∂images. Backward multiplies ∂r/∂images by the incoming gradient, so that the result is
+that of autograd through the reward model, which runs elsewhere. A second derivative does not exist and is an error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def remote_reward(
     reward: str | tuple[WeightedReward, ...],
     preference_scale: float = 0.0,
 ) -> Tensor:
-    """Rewards (batch,) float32 of images (batch, 3, height_px, width_px) in [0, 1], on the images' device, with graph.
+    """Return the rewards (batch,), float32 and differentiable, of images (batch, 3, height_px, width_px) in [0, 1].
 
-    `reward`: a name that the service lists, or several with weights. The gradient is only asked for where the images
-    need one. Raises RewardError, and ContractError for images outside [0, 1].
+    The rewards are on the images' device. `reward`: a name that the service lists, or several with weights. The
+    gradient is requested only if the images need one. Raise RewardError, and ContractError for images outside [0, 1].
     """
     request = RewardRequest(
         images=images.detach().float().cpu().numpy(),
@@ -42,14 +42,14 @@ def remote_reward(
 
 
 def need_gradient(images: Tensor) -> bool:
-    """Whether anybody will ask for the gradient of what is made of these images."""
+    """Return whether autograd will need the gradient with respect to these images."""
     return images.requires_grad and torch.is_grad_enabled()
 
 
 def rewards_of(images: Tensor, response: RewardResponse) -> Tensor:
-    """The answer's rewards (batch,), with graph where the images have one.
+    """Return the answer's rewards (batch,), differentiable if the images are.
 
-    Raises ValueError as attach_gradient does, and where a reward is not finite.
+    Raise ValueError if a reward is not finite, and as attach_gradient does.
     """
     if need_gradient(images):
         return attach_gradient(images, response)
@@ -60,9 +60,9 @@ def rewards_of(images: Tensor, response: RewardResponse) -> Tensor:
 
 
 def attach_gradient(images: Tensor, response: RewardResponse) -> Tensor:
-    """The answer's rewards (batch,) as a function of the images (batch, 3, height_px, width_px) that were sent.
+    """Return the answer's rewards (batch,) as a function of the images (batch, 3, height_px, width_px) that were sent.
 
-    Raises ValueError where the gradient is missing, does not fit or is not finite: it would train noise.
+    Raise ValueError if the gradient is missing, does not fit or is not finite: it would train noise.
     """
     if not isinstance(response.image_gradient, np.ndarray):
         raise ValueError(f"reward {response.scorers} answered no stacked image_gradient: ask with with_gradient=True")

@@ -1,4 +1,4 @@
-"""The only caller of the reward API, sync and async: keeps connections, bounds waits, names what went wrong.
+"""The client of the reward service, sync and async: keeps connections, bounds waits and names what went wrong.
 
     with RewardClient("http://127.0.0.1:8000") as client:
         client.wait_until_ready(timeout_s=60)
@@ -7,9 +7,8 @@
     async with AsyncRewardClient("http://127.0.0.1:8000") as client:
         responses = await asyncio.gather(*map(client.score, requests))
 
-Here is only what does I/O: what is sent, tried again or raised is in reward_exchange.py, and so are the keyword
-arguments' meanings (RewardApi) and the tree of errors. The API key is that of the environment variable SRPO_API_KEY
-unless given.
+This file does the I/O. reward_exchange.py decides what is sent, sent again or raised; it explains the keyword arguments
+(RewardApi) and shows the tree of errors. The API key is that of the environment variable SRPO_API_KEY unless given.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ __all__ = [
 ]
 
 API_KEY_VARIABLE = "SRPO_API_KEY"
-_MAX_CONNECTIONS = 64  # callers beyond these wait for a connection
+_MAX_CONNECTIONS = 64  # more callers wait for a connection
 
 
 class Patience(TypedDict, total=False):
-    """The optional fields of RewardApi, which has their meanings and defaults."""
+    """The optional fields of RewardApi, which explains them."""
 
     timeout_s: float
     max_attempts: int
@@ -71,18 +70,18 @@ class RewardClient:
         self._http = httpx.Client(**_http_options(self.url, api_key))
 
     def score(self, request: RewardRequest) -> RewardResponse:
-        """Rewards and, if asked for, image gradients, in the order of the request's images. Raises RewardError."""
+        """Return rewards and, if requested, image gradients, in the order of the images. Raise RewardError."""
         return self._run(self._api.score(request))
 
     def models(self) -> dict[str, str | None]:
-        """The rewards that may be asked for: name -> checksum of the weights, None where they are not loaded yet.
+        """Return the rewards that are served: name -> checksum of the weights, None until they are loaded.
 
-        Raises RewardError.
+        Raise RewardError.
         """
         return self._run(self._api.models())
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Return once the service has its weights loaded; raise RewardUnreachable after timeout_s."""
+        """Return once the service has loaded its weights. Raise RewardUnreachable after timeout_s."""
         self._run(self._api.ready(timeout_s))
 
     def close(self) -> None:
@@ -119,18 +118,18 @@ class AsyncRewardClient:
         self._http = httpx.AsyncClient(**_http_options(self.url, api_key))
 
     async def score(self, request: RewardRequest) -> RewardResponse:
-        """Rewards and, if asked for, image gradients, in the order of the request's images. Raises RewardError."""
+        """Return rewards and, if requested, image gradients, in the order of the images. Raise RewardError."""
         return await self._run(self._api.score(request))
 
     async def models(self) -> dict[str, str | None]:
-        """The rewards that may be asked for: name -> checksum of the weights, None where they are not loaded yet.
+        """Return the rewards that are served: name -> checksum of the weights, None until they are loaded.
 
-        Raises RewardError.
+        Raise RewardError.
         """
         return await self._run(self._api.models())
 
     async def wait_until_ready(self, timeout_s: float) -> None:
-        """Return once the service has its weights loaded; raise RewardUnreachable after timeout_s."""
+        """Return once the service has loaded its weights. Raise RewardUnreachable after timeout_s."""
         await self._run(self._api.ready(timeout_s))
 
     async def close(self) -> None:
@@ -159,14 +158,17 @@ class AsyncRewardClient:
 
 
 def _http_options(url: str, api_key: str | None) -> dict[str, Any]:
-    """Arguments of both httpx clients. Raises RewardUnreachable, RewardUnauthorized for what cannot be used."""
+    """Return the arguments of both httpx clients.
+
+    Raise RewardUnreachable for a URL, and RewardUnauthorized for a key, that cannot be used.
+    """
     try:
         is_address = httpx.URL(url).scheme in ("http", "https")
     except httpx.InvalidURL:
         is_address = False
     if not is_address:
         raise RewardUnreachable(f"{url!r} is no address of a reward service: give one such as http://127.0.0.1:8000")
-    key = (api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()  # a file's last line break is no part of the key
+    key = (api_key or os.environ.get(API_KEY_VARIABLE, "")).strip()  # a key from a file may end in a line break
     if not (key.isascii() and key.isprintable()):  # the library's own error would show the key
         raise RewardUnauthorized(f"{API_KEY_VARIABLE} holds characters that no HTTP header can carry")
     return {
@@ -177,7 +179,7 @@ def _http_options(url: str, api_key: str | None) -> dict[str, Any]:
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    # Waiting for one of our own connections is no failure of the service, and those who hold them are bounded.
+    # Waiting for one of our own connections is no failure of the service; callers that hold one are bounded in time.
     timeout = httpx.Timeout(call.timeout_s, pool=None)
     return {
         "method": call.method,

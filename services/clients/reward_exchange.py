@@ -1,13 +1,13 @@
-"""A request to the reward service over as many attempts as it takes, without I/O: what to send, when, what it meant.
+"""Decide what to send to the reward service, when to send it again, and what an answer means. No I/O here.
 
-Each method of RewardApi is a generator: it yields the next Call, is sent what came of it, and returns the result or
-raises. The sync and the async client (reward_client.py) only carry calls, so that they cannot behave differently.
+Each method of RewardApi is a generator: it yields the next Call, is sent its outcome, and returns the result or raises.
+The sync and the async client (reward.py) only carry calls, so that they cannot behave differently.
 
 RewardError
-  RewardUnreachable     nobody answers at the address
-  RewardUnavailable     somebody answers, but with 5xx or nonsense, to the last attempt
-    RewardBusy          with 429 or 503 and Retry-After, for longer than patience_s
-  RewardRejected        the request itself is wrong (4xx); trying again cannot help
+  RewardUnreachable     nothing answers at the address
+  RewardUnavailable     the last attempt too was answered with 5xx, or with nonsense
+    RewardBusy          429 or 503 with Retry-After, for longer than patience_s
+  RewardRejected        the request itself is wrong (4xx); sending it again cannot help
     RewardUnauthorized  the API key is missing or wrong
 """
 
@@ -36,12 +36,14 @@ from services.contract import (
     RewardResponse,
 )
 
-# Scoring changes nothing on the server, so every one of these may be tried again. Serve answers 500 to requests in
-# flight when a replica dies, and 503 when its queue is full or no replica is up; 408 is a body that came too slowly.
-_PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+# Scoring changes nothing on the server, so a request may be sent again after each of these. Serve answers 500 to open
+# requests when a replica dies, and 503 if its queue is full or no replica is up; 408 is a body that came too slowly.
+_TEMPORARY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _UNAUTHORIZED_STATUS = frozenset({401, 403})
 _MAX_BACKOFF_S = 10.0
-_MAX_JITTER = 1.5  # waits are stretched by a factor drawn from [1, 1.5], so that callers refused together spread out
+_MAX_JITTER = (
+    1.5  # waits are multiplied by a factor drawn from [1, 1.5], so that callers refused together come back apart
+)
 
 
 class RewardError(RuntimeError):
@@ -53,24 +55,24 @@ class RewardUnreachable(RewardError):
 
 
 class RewardUnavailable(RewardError):
-    """The service failed to the last attempt, or something else listens at its address."""
+    """The service failed in every attempt, or something else listens at its address."""
 
 
 class RewardBusy(RewardUnavailable):
-    """The service asked to come back later for longer than patience_s allows."""
+    """The service asked the client to come back later, for longer than patience_s allows."""
 
 
 class RewardRejected(RewardError):
-    """The service refused the request; its own words are in the text."""
+    """The service refused the request; the text holds the service's reason."""
 
 
 class RewardUnauthorized(RewardRejected):
-    """The service does not know the API key, or there is none."""
+    """The service does not know the API key, or the request has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Wait `after_s`, then send this."""
+    """A request to send after a wait of `after_s`."""
 
     method: str
     path: str
@@ -82,7 +84,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back; the names of headers are in small letters."""
+    """An answer; the names of headers are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -91,7 +93,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """Nothing came back."""
+    """The failure of an attempt that got no answer."""
 
     cause: str
 
@@ -102,12 +104,12 @@ Exchange = Generator[Call, Answer | NoAnswer, Result]
 
 @dataclass(frozen=True, slots=True)
 class RewardApi:
-    """The service at `url`. timeout_s bounds each attempt's wait for the network.
+    """The service at `url`.
 
-    A failure is tried again up to max_attempts in all; the waits double from backoff_s to 10 s, by default 75 s or more
-    together: a killed replica takes 10-40 s to come back, in which every attempt may fail at once. An answer with
-    Retry-After is no failure: the wait is as told, however often. Nothing is tried again later than patience_s after
-    the first attempt.
+    timeout_s bounds each attempt's wait for the network. A request that failed is sent up to max_attempts times in all.
+    The waits in between double from backoff_s to 10 s, by default 75 s or more together: a killed replica takes 10 to
+    40 s to come back, and every attempt may fail at once until then. An answer with Retry-After is no failure: the
+    client waits as long as it says, however often. Nothing is sent later than patience_s after the first attempt.
     """
 
     url: str
@@ -121,7 +123,10 @@ class RewardApi:
             raise ValueError(f"max_attempts must be at least 1, not {self.max_attempts}")
 
     def score(self, request: RewardRequest) -> Exchange[RewardResponse]:
-        """All attempts carry one Idempotency-Key, so that work done for an answer that was lost is not done again."""
+        """Return the answer to `request`.
+
+        All attempts carry one Idempotency-Key, so that the work for a lost answer is not done again.
+        """
         headers = {"content-type": MEDIA_TYPE, IDEMPOTENCY_KEY_HEADER: uuid.uuid4().hex}
         answer = yield from self._answered(Call("POST", REWARDS_PATH, self.timeout_s, request.to_bytes(), headers))
         try:
@@ -132,6 +137,7 @@ class RewardApi:
         return response
 
     def models(self) -> Exchange[dict[str, str | None]]:
+        """Return the rewards that are served: name -> checksum of the weights, None until they are loaded."""
         answer = yield from self._answered(Call("GET", MODELS_PATH, self.timeout_s))
         try:
             return {model["name"]: model["checksum"] for model in json.loads(answer.body)["models"]}
@@ -139,7 +145,7 @@ class RewardApi:
             raise RewardUnavailable(f"{self.url}{MODELS_PATH} is not the reward API's: {error!r}") from error
 
     def ready(self, timeout_s: float) -> Exchange[None]:
-        """Ask until the weights are loaded. Here every failure may pass: the service may not even be started."""
+        """Ask until the weights are loaded. Every failure may be temporary: the service may not even be started."""
         deadline = time.monotonic() + timeout_s
         call = Call("GET", READY_PATH, timeout_s)
         while True:
@@ -157,16 +163,18 @@ class RewardApi:
             call = replace(call, after_s=wait_s, timeout_s=max(left_s - wait_s, 0.1))
 
     def _answered(self, call: Call) -> Exchange[Answer]:
-        """The good answer to `call`. Raises the RewardError of the last attempt."""
+        """Return the answer to `call`. Raise the RewardError of the last attempt."""
         give_up_at, num_failures = time.monotonic() + self.patience_s, 0
         while True:
             outcome = yield call
             if isinstance(outcome, Answer) and 200 <= outcome.status < 300:
                 return outcome
             error = self._error(call, outcome)
-            told_s = _retry_after_s(outcome)
-            num_failures += told_s is None
-            wait_s = min(self.backoff_s * 2 ** (num_failures - 1), _MAX_BACKOFF_S) if told_s is None else told_s
+            requested_s = _retry_after_s(outcome)
+            num_failures += requested_s is None
+            wait_s = (
+                min(self.backoff_s * 2 ** (num_failures - 1), _MAX_BACKOFF_S) if requested_s is None else requested_s
+            )
             wait_s *= random.uniform(1, _MAX_JITTER)
             is_last = num_failures == self.max_attempts or time.monotonic() + wait_s > give_up_at
             if is_last or isinstance(error, RewardRejected):
@@ -174,7 +182,7 @@ class RewardApi:
             call = replace(call, after_s=wait_s)
 
     def _error(self, call: Call, outcome: Answer | NoAnswer) -> RewardError:
-        """What a failed attempt meant."""
+        """Return the error that a failed attempt means."""
         if isinstance(outcome, NoAnswer):
             return RewardUnreachable(
                 f"reward service at {self.url} does not answer ({outcome.cause}): "
@@ -183,13 +191,13 @@ class RewardApi:
         text = f"{call.method} {self.url}{call.path} answered {outcome.status}: {_error_text(outcome)}"
         if outcome.status in _UNAUTHORIZED_STATUS:
             return RewardUnauthorized(f"{text}: set SRPO_API_KEY to one of the service's keys")
-        if outcome.status not in _PASSING_STATUS:
+        if outcome.status not in _TEMPORARY_STATUS:
             return RewardRejected(text)
         return RewardUnavailable(text) if _retry_after_s(outcome) is None else RewardBusy(text)
 
 
 def _check_answers(request: RewardRequest, response: RewardResponse) -> None:
-    """A shape that is not the request's would broadcast silently in the trainer."""
+    """Raise ContractError if shapes do not fit the request; they would be broadcast silently in the trainer."""
     batch, num_rewards = len(request.pairs), len(request.rewards)
     if response.rewards.shape != (batch,):
         raise ContractError(f"rewards are {response.rewards.shape} for {batch} images")
@@ -206,7 +214,7 @@ def _check_answers(request: RewardRequest, response: RewardResponse) -> None:
 
 
 def _retry_after_s(outcome: Answer | NoAnswer) -> float | None:
-    """The seconds told by a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
+    """Return the seconds of a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
     value = outcome.headers.get("retry-after") if isinstance(outcome, Answer) else None
     if value is None:
         return None
@@ -220,7 +228,7 @@ def _retry_after_s(outcome: Answer | NoAnswer) -> float | None:
 
 
 def _error_text(answer: Answer) -> str:
-    """The service's own words, or the start of whatever else came."""
+    """Return the service's own message, or the start of another body."""
     try:
         fields = json.loads(answer.body)
         return f"{fields['error']} (request {fields['request_id']})"

@@ -1,8 +1,8 @@
-"""The only MLflow: a run's parameters, metrics, pictures, files and its end.
+"""Record a run in MLflow: parameters, metrics, pictures, files and its end. No other file imports MLflow.
 
-MLflow is the record of a training; this file makes three promises over the bare client. Every call is synchronous, so
-nothing that was logged is lost with the process. Every call is bounded in time: with MLflow's defaults a dead server
-blocks a training for minutes. Every failure is a TrackingError that names the server.
+This file adds three things to MLflow's client. Every call is synchronous, so that nothing that was logged is lost with
+the process. Every call is bounded in time: with MLflow's defaults a dead server blocks a training for minutes. Every
+failure is a TrackingError that names the server.
 
     tracker = Tracker.start("http://127.0.0.1:5000", experiment="srpo", name="tiny_srpo")
     tracker.log_config(config)
@@ -26,13 +26,13 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel
 
-# Read by MLflow at each call. setdefault: whoever runs a slow or distant server can ask for more patience.
+# MLflow reads them at each call. They are defaults: the environment may ask for more patience with a slow server.
 _SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds a server may stay silent: both cores may be busy training
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",  # seconds that a server may stay silent: the training may keep all cores busy
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the programs that use this file say themselves what is where
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the callers print the address themselves
 }
 _PARAMS_PER_CALL = 100  # the tracking API's limit
 
@@ -41,11 +41,11 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class TrackingError(RuntimeError):
-    """The tracking server did not take a record; the text names its URI and what was being recorded."""
+    """The tracking server failed or refused; the text names its URI and what was to be done."""
 
 
 class Tracker:
-    """One MLflow run. Make it with `start` or `resume`; in a distributed training only rank 0 holds one."""
+    """One MLflow run, made with `start` or `resume`. In a distributed training only rank 0 holds one."""
 
     def __init__(self, client: mlflow.MlflowClient, uri: str, run_id: str) -> None:
         self._client = client
@@ -54,7 +54,7 @@ class Tracker:
 
     @classmethod
     def start(cls, uri: str, experiment: str, name: str, tags: Mapping[str, str] | None = None) -> Tracker:
-        """Open a new run called `name`. Raises TrackingError where the server cannot be reached."""
+        """Open a new run called `name`. Raise TrackingError if the server cannot be reached."""
         client = _connect(uri)
 
         def create() -> str:
@@ -65,14 +65,14 @@ class Tracker:
 
     @classmethod
     def resume(cls, uri: str, run_id: str) -> Tracker:
-        """Go on with an existing run, as a restarted worker does. Raises TrackingError where there is none."""
+        """Continue an existing run, as a restarted worker does. Raise TrackingError if there is none."""
         client = _connect(uri)
         _bounded(uri, f"resume run {run_id}", lambda: client.update_run(run_id, status="RUNNING"))
         return cls(client, uri, run_id)
 
     @classmethod
     def latest(cls, uri: str, experiment: str, name: str) -> Tracker:
-        """The run last started under this name, to be read. Raises TrackingError where there is none."""
+        """Return the run last started under this name, for reading. Raise TrackingError if there is none."""
         client = _connect(uri)
 
         def find() -> str:
@@ -86,7 +86,7 @@ class Tracker:
 
     @classmethod
     def running(cls, uri: str, run: str) -> Tracker:
-        """A run that is training, by its id, or the last started of this name. Raises TrackingError where none is."""
+        """Return the training run of this id, or the last one of this name. Raise TrackingError if none is training."""
         client = _connect(uri)
 
         def find() -> str:
@@ -102,12 +102,12 @@ class Tracker:
 
     @property
     def url(self) -> str:
-        """Where a person sees this run in a browser."""
-        run = _bounded(self.uri, "look the run up", lambda: self._client.get_run(self.run_id))
+        """The address of this run's page in MLflow."""
+        run = _bounded(self.uri, "look up the run", lambda: self._client.get_run(self.run_id))
         return f"{self.uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{self.run_id}"
 
     def log_config(self, config: BaseModel) -> None:
-        """Every setting as a parameter under its dotted key. Repeating it with equal values is allowed."""
+        """Log every setting as a parameter under its dotted key. It may be repeated with equal values."""
         flat = flatten(config.model_dump(mode="json"))
         params = [Param(key, str(value)) for key, value in flat.items()]
         for start in range(0, len(params), _PARAMS_PER_CALL):
@@ -115,46 +115,47 @@ class Tracker:
             self._call("log parameters", self._client.log_batch, self.run_id, params=batch, synchronous=True)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """All numbers of one step in one call (about 0.1 s on a busy machine, whatever their count)."""
+        """Log all numbers of one step in one call (about 0.1 s on a busy machine, whatever their count)."""
         now_ms = int(time.time() * 1000)
         batch = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
         self._call(f"log step {step}", self._client.log_batch, self.run_id, metrics=batch, synchronous=True)
 
     def log_image(self, image: PIL.Image.Image, key: str, step: int) -> None:
-        """A picture that belongs to a step; the browser gives all pictures of a key one slider over steps."""
+        """Log a picture of a step. MLflow's page shows all pictures of a key with one slider over steps."""
         self._call(f"log image {key}", self._client.log_image, self.run_id, image, key=key, step=step, synchronous=True)
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
-        """Copy a file to the run's artifacts, under `folder` there. Raises FileNotFoundError if it is missing."""
+        """Copy a file to the run's artifacts, into `folder` there. Raise FileNotFoundError if it is missing."""
         if not path.is_file():
             raise FileNotFoundError(f"no file to log at {path}")
         self._call(f"upload {path.name}", self._client.log_artifact, self.run_id, str(path), folder)
 
     def log_model_folder(self, folder: Path, name: str = "model") -> None:
-        """Copy a whole model folder to the run's artifacts. Raises FileNotFoundError if it is missing."""
+        """Copy a whole model folder to the run's artifacts. Raise FileNotFoundError if it is missing."""
         if not folder.is_dir():
             raise FileNotFoundError(f"no model folder to log at {folder}")
         self._call(f"upload {folder.name}/", self._client.log_artifacts, self.run_id, str(folder), name)
 
     def set_tag(self, key: str, value: str) -> None:
+        """Set a tag of the run, or replace it."""
         self._call(f"set tag {key}", self._client.set_tag, self.run_id, key, value, synchronous=True)
 
     def clear_tag(self, key: str) -> None:
-        """Remove a tag; that there is none is no error."""
+        """Remove a tag, if there is one."""
         if key in self.tags():
             self._call(f"remove tag {key}", self._client.delete_tag, self.run_id, key)
 
     def tags(self) -> dict[str, str]:
-        """All tags of the run, MLflow's own among them."""
+        """Return all tags of the run, MLflow's own among them."""
         return dict(_bounded(self.uri, "read the tags", lambda: self._client.get_run(self.run_id).data.tags))
 
     def history(self, metric: str) -> dict[int, float]:
-        """The metric by step; of a step that was repeated, the last value."""
+        """Return a metric by step; for a repeated step, its last value."""
         points = _bounded(self.uri, "read a metric", lambda: self._client.get_metric_history(self.run_id, metric))
         return {point.step: point.value for point in sorted(points, key=lambda point: point.timestamp)}
 
     def images(self, key: str, folder: Path) -> dict[int, Path]:
-        """The pictures that log_image has logged under `key`, by step, copied into `folder`."""
+        """Copy the pictures that log_image has logged under `key` into `folder`; return their paths by step."""
 
         def copy() -> dict[int, Path]:
             paths = [item.path for item in self._client.list_artifacts(self.run_id, "images")]
@@ -168,7 +169,7 @@ class Tracker:
         return _bounded(self.uri, f"read the pictures {key}", copy)
 
     def run_file(self, folder: Path) -> Path:
-        """The run file, which launch.py has logged, copied into `folder`. Raises TrackingError where there is none."""
+        """Copy the run file, which trainer/launch.py logs, into `folder`. Raise TrackingError if there is none."""
 
         def copy() -> Path:
             for item in self._client.list_artifacts(self.run_id):
@@ -179,6 +180,7 @@ class Tracker:
         return _bounded(self.uri, "read the run file", copy)
 
     def finish(self, status: RunStatus = "FINISHED") -> None:
+        """End the run."""
         self._call(f"end the run as {status}", self._client.set_terminated, self.run_id, status)
 
     def _call(self, what: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -186,7 +188,8 @@ class Tracker:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """
+    """Return the values of nested mappings under dotted keys.
+
     >>> flatten({"seed": 0, "engine": {"zero_stage": 2}})
     {'seed': 0, 'engine.zero_stage': 2}
     """
@@ -204,7 +207,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _connect(uri: str) -> mlflow.MlflowClient:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    # the global URI too: artifact upload resolves mlflow-artifacts:/ against it, not against the client's
+    # Artifact upload resolves mlflow-artifacts:/ against the global URI, not against the client's.
     mlflow.set_tracking_uri(uri)
     return _bounded(uri, "connect", lambda: mlflow.MlflowClient(tracking_uri=uri))
 
@@ -214,7 +217,7 @@ def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
         return str(found.experiment_id)
     try:
         return str(client.create_experiment(name))
-    except MlflowException:  # another run created it between the two calls; if not, this raises the reason again
+    except MlflowException:  # another run may have created it in between; if not, the error is raised again
         if found := client.get_experiment_by_name(name):
             return str(found.experiment_id)
         raise

@@ -1,4 +1,4 @@
-"""The remote reward in torch: one line, and the gradient is the one of autograd through the model itself."""
+"""The remote reward in torch: its gradient equals that of autograd through the model itself."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_one_line_gives_rewards_and_gradient_of_in_process_autograd(
 
 
 def test_gradcheck_of_the_served_reward(client: RewardClient, images: Tensor) -> None:
-    """Against finite differences of the service's own answers, along a random direction; float32 sets the tolerance."""
+    """Compare with finite differences of the service's answers along a random direction; float32 sets the tolerance."""
 
     def reward(images: Tensor) -> Tensor:
         return remote_reward(images.clamp(0, 1), PAIRS, client=client, reward="tiny-clip")

@@ -1,4 +1,4 @@
-"""Both clients against the real app and a network that fails: nothing is lost, nothing is tried for ever."""
+"""Both clients against the real app and a failing network: nothing is lost, and every wait is bounded."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SECRET = "key-that-nobody-may-see"
 
 @dataclass
 class FailsFirst:
-    """An ASGI app that gives its first requests the answers of `failures`, then those of the app it wraps."""
+    """An ASGI app that answers its first requests with `failures`, and later ones with the app that it wraps."""
 
     app: ASGIApp
     failures: list[ASGIApp]
@@ -74,13 +74,13 @@ def status(code: int, **headers: str) -> ASGIApp:
 
 
 async def breaks_off(scope: Scope, receive: Receive, send: Send) -> None:
-    """Promises more bytes than it sends: uvicorn closes the connection in the middle of the answer."""
+    """Promise more bytes than are sent, so that uvicorn closes the connection in the middle of the answer."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
     await send({"type": "http.response.body", "body": b"half"})
 
 
 def answer_lost(app: ASGIApp) -> ASGIApp:
-    """Lets the app do the work and answers 502 all the same, as a proxy does whose connection breaks."""
+    """Let the app do the work and answer 502, like a proxy whose connection breaks."""
 
     async def lose(scope: Scope, receive: Receive, send: Send) -> None:
         async def drop(message: Message) -> None:
@@ -141,9 +141,7 @@ def test_a_reward_that_is_not_loaded_yet_has_no_checksum(worker: Worker) -> None
 
 
 @both_clients
-def test_failures_that_pass_are_tried_again_under_one_idempotency_key(
-    app: ASGIApp, reward_url: str, score: Score
-) -> None:
+def test_temporary_failures_are_retried_under_one_idempotency_key(app: ASGIApp, reward_url: str, score: Score) -> None:
     failing = FailsFirst(app, [status(500), breaks_off, status(503), answer_lost(app)])
     with serve_app(failing) as url:
         (retried,) = score(url, [REQUEST], max_attempts=5, backoff_s=0.01)
@@ -180,7 +178,7 @@ def test_attempts_are_bounded(app: ASGIApp, score: Score) -> None:
 
 
 @both_clients
-def test_who_is_told_to_come_back_comes_back_however_often(app: ASGIApp, score: Score) -> None:
+def test_a_client_asked_to_come_back_comes_back_however_often(app: ASGIApp, score: Score) -> None:
     failing = FailsFirst(app, [status(503, retry_after="0"), status(429, retry_after="0")] * 5)
     with serve_app(failing) as url:
         score(url, [REQUEST], max_attempts=1)
@@ -215,12 +213,12 @@ def test_a_key_that_no_header_can_carry_is_named_and_not_shown() -> None:
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://127.0.0.1:port", ""])
-def test_what_is_no_address_is_named(url: str) -> None:
+def test_a_bad_address_is_named(url: str) -> None:
     with pytest.raises(RewardUnreachable, match=r"no address.*http://127.0.0.1:8000"):
         RewardClient(url)
 
 
-def test_something_else_at_the_address_is_recognised() -> None:
+def test_another_service_at_the_address_is_recognized() -> None:
     with serve_app(HTMLResponse("<html>welcome</html>")) as url, RewardClient(url, max_attempts=1) as client:
         with pytest.raises(RewardUnavailable, match="does not speak"):
             client.score(REQUEST)
@@ -248,7 +246,7 @@ def test_a_service_that_never_answers_is_given_up_in_bounded_time(score: Score) 
             score(url, [REQUEST], timeout_s=0.2, max_attempts=2, backoff_s=0.01)
 
 
-# What is sent when, without a network: the generator that both clients drive.
+# Without a network: the generator that both clients drive.
 
 
 def calls_after(outcomes: Sequence[Answer | NoAnswer], api: RewardApi) -> list[Call]:
@@ -265,7 +263,7 @@ def test_waits_double_up_to_ten_seconds_and_are_stretched_by_half_at_most() -> N
 
 
 def test_by_default_a_killed_replica_may_be_away_for_a_minute() -> None:
-    """Behind HAProxy each attempt fails at once until there is a new one, which takes 10 to 40 s."""
+    """Behind HAProxy each attempt fails at once until a new replica is up, which takes 10 to 40 s."""
     api = RewardApi("http://service")
     calls = calls_after([NoAnswer("reset")] * (api.max_attempts - 1), api)
     assert sum(call.after_s for call in calls) > 60
@@ -273,8 +271,8 @@ def test_by_default_a_killed_replica_may_be_away_for_a_minute() -> None:
 
 
 def test_callers_refused_together_come_back_apart() -> None:
-    told = Answer(503, {"retry-after": "1"}, b"")
-    waits_s = {calls_after([told], RewardApi("http://service"))[1].after_s for _ in range(10)}
+    refused = Answer(503, {"retry-after": "1"}, b"")
+    waits_s = {calls_after([refused], RewardApi("http://service"))[1].after_s for _ in range(10)}
     assert len(waits_s) == 10
 
 
@@ -282,18 +280,18 @@ def test_callers_refused_together_come_back_apart() -> None:
     ("retry_after", "least_s", "most_s"), [("7", 7, 10.5), ("0", 0, 0), ("soon", 0.5, 0.75), ("-1", 0.5, 0.75)]
 )
 def test_retry_after_is_obeyed_where_it_can_be_read(retry_after: str, least_s: float, most_s: float) -> None:
-    told = Answer(429, {"retry-after": retry_after}, b"")
-    assert least_s <= calls_after([told], RewardApi("http://service"))[1].after_s <= most_s
+    refused = Answer(429, {"retry-after": retry_after}, b"")
+    assert least_s <= calls_after([refused], RewardApi("http://service"))[1].after_s <= most_s
 
 
 @pytest.mark.parametrize(("seconds_from_now", "least_s", "most_s"), [(-60, 0, 0), (100, 60, 150)])
 def test_retry_after_may_be_a_date(seconds_from_now: float, least_s: float, most_s: float) -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=seconds_from_now), usegmt=True)
-    told = Answer(503, {"retry-after": date}, b"")
-    assert least_s <= calls_after([told], RewardApi("http://service"))[1].after_s <= most_s
+    refused = Answer(503, {"retry-after": date}, b"")
+    assert least_s <= calls_after([refused], RewardApi("http://service"))[1].after_s <= most_s
 
 
 def test_nobody_waits_beyond_patience() -> None:
-    told = Answer(503, {"retry-after": "3600"}, b"")
+    refused = Answer(503, {"retry-after": "3600"}, b"")
     with pytest.raises(RewardBusy, match="503"):
-        calls_after([told], RewardApi("http://service", patience_s=60))
+        calls_after([refused], RewardApi("http://service", patience_s=60))

@@ -1,4 +1,4 @@
-"""The verbs of the command that ask the reward service, against the real app: what is printed, named and returned."""
+"""The verbs `score` and `rank-words` against the real app: output, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAIR = ("--prompt", "cat", "--positive", "3D", "--negative", "Flat")
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Files of different formats and sizes."""
+    """Write files of different formats and sizes."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     files = []
     for index in range(MIN_IMAGES):
@@ -47,8 +47,8 @@ def rewards_of(pictures: list[str], reward_url: str) -> list[float]:
     with RewardClient(reward_url) as client:
         pair, tiny = PromptPair("cat", "3D", "Flat"), WeightedReward("tiny-clip")
         images = [read_picture(Path(file)) for file in pictures]
-        asked = [RewardRequest((image,), (pair,), (0.0,), (tiny,), with_gradient=False) for image in images]
-        return [float(client.score(each).rewards[0]) for each in asked]
+        requests = [RewardRequest((image,), (pair,), (0.0,), (tiny,), with_gradient=False) for image in images]
+        return [float(client.score(each).rewards[0]) for each in requests]
 
 
 def test_score_prints_a_row_for_each_file_in_their_order(
@@ -114,7 +114,7 @@ def test_a_service_that_is_gone_is_named_once(pictures: list[str], capsys: pytes
 def test_once_a_service_has_answered_it_is_waited_for(
     pictures: list[str], app: ASGIApp, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As while a killed replica comes back; at the start two attempts must do."""
+    """A killed replica may come back later; only the first request is limited to two attempts."""
     with serve_app(FailsFirst(app, [app, status(500), status(500)])) as url:
         assert main(["score", pictures[0], *PAIR, "--url", url]) == 0
     assert pictures[0] in capsys.readouterr().out
@@ -204,7 +204,7 @@ def test_the_copies_of_a_picture_fit_into_a_request(size_px: tuple[int, int], nu
 
 
 def test_what_is_measured_is_what_autograd_finds(pictures: list[str], reward_url: str, clip: ClipArgs) -> None:
-    """Similarities, and inner products of gradients taken from that of the last text."""
+    """Compare similarities, and inner products of gradients minus that of the last text."""
     images = [read_picture(Path(file)) for file in pictures[:2]]
     prompts, words = ("cat", "dog"), ("3D", "Flat")
     with RewardClient(reward_url) as client:

@@ -1,4 +1,4 @@
-"""`srpo steer` against a real MLflow store: what it writes, what it refuses before anything is written."""
+"""`srpo steer` against a real MLflow store: what it writes, and what it refuses before writing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def steer(run: Tracker, *arguments: str, name: str = "tiny_srpo") -> int:
     return main(["steer", name, *arguments, "--tracking-uri", run.uri])
 
 
-def test_the_latest_running_run_of_a_name_is_told(run: Tracker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_latest_running_run_of_a_name_is_steered(run: Tracker, capsys: pytest.CaptureFixture[str]) -> None:
     later = Tracker.start(run.uri, "another experiment", "tiny_srpo")
     later.finish("FINISHED")
     assert steer(run, *PAIR) == 0

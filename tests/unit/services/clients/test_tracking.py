@@ -1,4 +1,4 @@
-"""Against a real MLflow store, a SQLite file, and against servers that are not there."""
+"""The tracker against a real MLflow store, a SQLite file, and against servers that do not answer."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """Takes connections and never answers."""
+    """Start a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @pytest.fixture
 def absent_server() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_a_run_keeps_all_that_is_logged(uri: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Verdicts on control words from synthetic gradients whose truth is known."""
+"""Verdicts on control words from synthetic gradients with known effects."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ NUM_IMAGES, NUM_PIXELS = 24, 300
 
 
 def measured(effects: dict[str, Float64], floor: float = 1.0, base: int = -1, seed: int = 0) -> Measured:
-    """Images on which each word adds its effect (images, pixels) to the noise that every text adds, known or not.
+    """Return images on which each word adds its effect (images, pixels) to the noise that every text adds.
 
-    A similarity is the gradient's product with the image, so that the two belong together. `base`: the text whose
-    gradient is taken from the others'.
+    A similarity is the product of gradient and image, so that the two are consistent. The gradient of the text `base`
+    is subtracted from the others.
     """
     rng = np.random.default_rng(seed)
     num_texts = len(effects) + NUM_MEANINGLESS
@@ -43,7 +43,7 @@ def measured(effects: dict[str, Float64], floor: float = 1.0, base: int = -1, se
 
 
 def direction(seed: int, length: float = 3.0) -> Float64:
-    """A direction of its own on each image."""
+    """Return a different random direction for each image."""
     drawn = np.random.default_rng(100 + seed).normal(size=(NUM_IMAGES, NUM_PIXELS))
     return np.asarray(length * drawn / np.linalg.norm(drawn, axis=1, keepdims=True))
 
@@ -129,7 +129,7 @@ def test_verdicts_do_not_depend_on_the_reward_s_unit(scale: float) -> None:
 
 
 def test_what_all_texts_share_does_not_count() -> None:
-    """Whatever text's gradient is taken from the others', the findings are the same."""
+    """The findings do not depend on which text's gradient is subtracted from the others."""
     effects = {"3D": direction(0), "Flat": direction(1), "unknown": 0 * direction(2)}
     for negative in (None, "Flat"):
         for one, other in zip(
@@ -141,7 +141,7 @@ def test_what_all_texts_share_does_not_count() -> None:
 
 
 def test_most_meaningless_words_are_weak() -> None:
-    """The noise floor holds on words that took no part in setting it: about one in twenty is above."""
+    """The noise floor holds for words that did not set it: about one in twenty is above."""
     verdicts = [
         finding.verdict
         for seed in range(10)

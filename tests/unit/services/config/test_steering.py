@@ -1,4 +1,4 @@
-"""What a tag may ask for, which version it becomes, and what it makes of the run."""
+"""What a tag may request, which version it becomes, and how it changes the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def steerings(draw: st.DrawFn) -> Steering:
 
 @pytest.fixture
 def run() -> RunConfig:
-    """With a reward that has words of its own beside the one that reads the run's."""
+    """Return a run with two rewards: one reads the run's words, one has words of its own."""
     config = load_run_config(RUN)
     words = ControlWordsConfig(positive="Red", negative="Blue")
     own = config.rewards[0].model_copy(update={"name": "own", "weight": 2.0, "control_words": words})
@@ -78,11 +78,13 @@ def test_a_long_tag_is_not_repeated_in_full() -> None:
 
 
 @given(steerings(), steerings())
-def test_each_change_has_a_version_of_its_own(asked: Steering, in_force: Steering) -> None:
-    after = asked.after(in_force)
+def test_each_change_has_a_version_of_its_own(requested: Steering, in_force: Steering) -> None:
+    after = requested.after(in_force)
     assert after.version > in_force.version or after == in_force
-    assert after.model_copy(update={"version": asked.version}) == asked, "it comes into force as it was asked for"
-    assert asked.after(after) == after, "and only once"
+    assert after.model_copy(update={"version": requested.version}) == requested, (
+        "it comes into force as it was requested for"
+    )
+    assert requested.after(after) == after, "and only once"
 
 
 def test_versions_follow_the_command_and_count_edits_by_hand() -> None:
@@ -97,15 +99,15 @@ def test_versions_follow_the_command_and_count_edits_by_hand() -> None:
 def test_after_the_last_version_there_is_none() -> None:
     last = Steering.from_tag('{"positive": "3D", "negative": "Flat", "version": 1000000000}')
     assert last.after(last) == last
-    for asked in (Steering(), Steering(positive="Oil", negative="Flat", version=1000000000)):
+    for requested in (Steering(), Steering(positive="Oil", negative="Flat", version=1000000000)):
         with pytest.raises(SteeringError, match="version 1000000000 is in force, the last there is"):
-            asked.after(last)
+            requested.after(last)
 
 
-def test_the_run_goes_on_with_what_was_asked_for(run: RunConfig) -> None:
-    asked = Steering(positive="Oil", negative="Photo", preference_scale=0.5, weights={"own": 0.25})
-    asked.check(run)
-    after = asked.applied_to(run)
+def test_the_run_goes_on_with_what_was_requested(run: RunConfig) -> None:
+    requested = Steering(positive="Oil", negative="Photo", preference_scale=0.5, weights={"own": 0.25})
+    requested.check(run)
+    after = requested.applied_to(run)
     assert (after.control_words.positive, after.control_words.negative) == ("Oil", "Photo")
     assert [reward.weight for reward in after.rewards] == [1.0, 0.25]
     scales = {
@@ -122,19 +124,19 @@ def test_the_run_goes_on_with_what_was_asked_for(run: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "spoilt", "named"),
+    ("requested", "spoilt", "named"),
     [
         ({"weights": {"nobody": 1.0}}, {}, "no reward 'nobody'; it has fluent-clip, own"),
         ({"preference_scale": 0.5}, {"kind": "srp"}, "preference_scale has no effect.*srp,"),
         ({"positive": "Oil", "negative": "3D"}, {"kind": "plain"}, "no effect.*plain"),
     ],
 )
-def test_what_the_run_does_not_know_or_feel_is_refused(
-    run: RunConfig, asked: dict[str, Any], spoilt: dict[str, Any], named: str
+def test_an_unknown_or_ineffective_request_is_refused(
+    run: RunConfig, requested: dict[str, Any], spoilt: dict[str, Any], named: str
 ) -> None:
     run = run.model_copy(update={"objective": run.objective.model_copy(update=spoilt)})
     with pytest.raises(SteeringError, match=named):
-        Steering.model_validate(asked).check(run)
+        Steering.model_validate(requested).check(run)
 
 
 def test_words_that_no_reward_reads_are_refused(run: RunConfig) -> None:
