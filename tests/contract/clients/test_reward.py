@@ -31,16 +31,10 @@ from services.clients.reward import (
 )
 from services.clients.reward_exchange import Answer, Call, NoAnswer, RewardApi
 from services.config.rewards import RewardServiceConfig
-from services.contract import IDEMPOTENCY_KEY_HEADER, PromptPair, RewardRequest, RewardResponse, WeightedReward
-from tests.contract.conftest import LIMITS
+from services.contract import IDEMPOTENCY_KEY_HEADER, RewardRequest, RewardResponse, WeightedReward
+from tests.contract.conftest import LIMITS, REQUEST
 from tests.serving import reward_app, serve_app
 
-REQUEST = RewardRequest(
-    images=np.random.default_rng(0).random((2, 3, 40, 30), dtype=np.float32),
-    pairs=(PromptPair("cat", "3D", "Flat"), PromptPair("dog", "Photo", "Oil")),
-    preference_scales=(0.0, 0.3),
-    rewards=(WeightedReward("tiny-clip"),),
-)
 MIXED = replace(
     REQUEST,
     images=(

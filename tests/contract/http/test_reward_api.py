@@ -31,16 +31,9 @@ from services.contract import (
     RewardResponse,
     WeightedReward,
 )
-from tests.contract.conftest import LIMITS
+from tests.contract.conftest import LIMITS, REQUEST
 from tests.contract.http.test_people_api import FILES
 from tests.serving import reward_app, serve_app
-
-REQUEST = RewardRequest(
-    images=np.random.default_rng(0).random((2, 3, 40, 30), dtype=np.float32),
-    pairs=(PromptPair("cat", "3D", "Flat"), PromptPair("dog", "Photo", "Oil")),
-    preference_scales=(0.0, 0.3),
-    rewards=(WeightedReward("tiny-clip"),),
-)
 
 
 @pytest.fixture(scope="module")

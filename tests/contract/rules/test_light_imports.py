@@ -11,6 +11,8 @@ import pytest
 LIGHT = [
     "services.config.run",
     "services.contract",
+    "services.wire_format",
+    "services.config.reference",
     "services.config.finetune",
     "services.config.method",
     "services.config.objective",
