@@ -1,4 +1,4 @@
-"""The wire: what goes in comes out, its bytes do not change by accident, and nonsense is named, never executed."""
+"""Messages of the reward API: they survive packing, their bytes stay the same, and malformed ones are named."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_meaningless_words_are_always_the_same_different_ones() -> None:
     assert len(set(words)) == len(words) == NUM_MEANINGLESS
 
 
-def test_what_could_say_nothing_is_refused_before_anybody_is_asked() -> None:
+def test_too_few_images_or_words_are_refused_before_any_request() -> None:
     with pytest.raises(TrialError, match=r"5 images.*at least 6"):
         check_enough(5, ["3D"])
     with pytest.raises(TrialError, match="besides the negative"):
