@@ -39,7 +39,8 @@ class JobsError(RuntimeError):
 class Job:
     """A submitted job.
 
-    >>> Job(id="raysubmit_x", run="deploy/runs/tiny_srpo.yaml", status="RUNNING")
+    >>> Job(id="raysubmit_x", run="deploy/runs/tiny_srpo.yaml", status="RUNNING").is_alive
+    True
     """
 
     id: str
