@@ -15,12 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from trainer.evaluation.judges import Judges, frechet_distance, gaussian_of
+from trainer.evaluation.real_pictures import read_pictures
 from trainer.evaluation.statistics import (
     common_mode,
     diversity,
@@ -34,7 +33,6 @@ from trainer.evaluation.statistics import (
 # and under the negative word
 Similarities = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 _STATISTICS = ("saturation", "dark_share", "edge_density", "colour_entropy", "lattice_share")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _BATCH = 32  # images measured at a time
 
 
@@ -134,37 +132,6 @@ def common_mode_name(reward: str) -> str:
     ('common_mode', 'common_mode_hpsv2.1')
     """
     return reward.replace("reward", "common_mode", 1)
-
-
-def read_pictures(folder: Path, height_px: int, width_px: int) -> Tensor:
-    """Read all pictures of a folder as (num_images, 3, height_px, width_px) uint8, transparency on white.
-
-    Raises ValueError as picture_files does, and naming a file that is no picture.
-    """
-    return torch.stack([_read_picture(file, height_px, width_px) for file in picture_files(folder)])
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """Return the pictures of a folder, sorted by name.
-
-    Raises ValueError if there is no such folder, or it has fewer than two pictures.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"evaluation.reference_path {folder} is not a folder: give one, or null to do without")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if len(files) < 2:
-        raise ValueError(f"evaluation.reference_path {folder} has {len(files)} PNG, JPEG or WebP files, not 2 or more")
-    return files
-
-
-def _read_picture(file: Path, height_px: int, width_px: int) -> Tensor:
-    try:
-        with PIL.Image.open(file) as opened:
-            picture = opened.convert("RGBA")
-    except (PIL.UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"evaluation.reference_path: {file} is not a picture that can be read: {error}") from error
-    flat = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return pil_to_tensor(flat.resize((width_px, height_px), PIL.Image.Resampling.BICUBIC))
 
 
 def _by_batch(measure: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from tests.tiny_judges import make_tiny_judges
 from trainer.evaluation.judges import Judges
-from trainer.evaluation.measurements import Measurer, metric_names, picture_files, read_pictures
+from trainer.evaluation.measurements import Measurer, metric_names
+from trainer.evaluation.real_pictures import picture_files, read_pictures
 
 PROMPTS = ("cat", "cat", "dog", "dog", "key", "key")
 STYLES = ("3D", "Flat")
@@ -81,10 +84,21 @@ def test_a_folder_of_real_pictures_is_a_distance_of_its_own(tmp_path: Path) -> N
     assert torch.equal(read_pictures(tmp_path, 16, 16), painted())
 
 
+def test_real_pictures_are_turned_upright_and_cropped_not_squeezed(tmp_path: Path) -> None:
+    image = painted()[0]
+    sideways = Image.Exif()
+    sideways[0x0112] = 6  # shown turned by 90 degrees clockwise
+    to_pil_image(image).rotate(90).save(tmp_path / "a.png", exif=sideways)
+    to_pil_image(F.pad(image, (8, 8))).save(tmp_path / "b.png")  # black at both sides
+    read = read_pictures(tmp_path, 16, 16)
+    assert torch.equal(read[0], image)
+    assert torch.equal(read[1], image)
+
+
 def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("no picture", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.png is not a picture"):
+    with pytest.raises(ValueError, match=r"reference_path: .*a\.png is not a PNG, JPEG or WebP picture"):
         read_pictures(tmp_path, 16, 16)
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError, match="has 1 PNG"):
