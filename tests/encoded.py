@@ -1,4 +1,4 @@
-"""Latents on disk as `srpo encode-images` leaves them, made without Ray."""
+"""Write latents to disk as `srpo encode-images` does, without Ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trainer.data.buckets import Size
-from trainer.data.latents import Manifest, Shard, vae_checksum, write_manifest, write_shard
+from trainer.data.latents import LatentsManifest, ShardOfImages, latent_shards, vae_checksum, write_shard
 
 
 def write_latents(
@@ -25,9 +25,9 @@ def write_latents(
     for size, (latents, captions) in buckets.items():
         for start in range(0, len(latents), per_shard):
             file, said = f"{size[0]}x{size[1]}-{start}.safetensors", tuple(captions[start : start + per_shard])
-            write_shard(folder / file, latents[start : start + per_shard])
-            shards.append(Shard(file=file, size=size, names=tuple(map(name, said)), captions=said))
-    manifest = Manifest(
+            write_shard(folder, file, latents[start : start + per_shard])
+            shards.append(ShardOfImages(file=file, size=size, names=tuple(map(name, said)), captions=said))
+    manifest = LatentsManifest(
         model=str(model),
         vae_checksum=vae_checksum(model),
         dtype="float32",
@@ -36,4 +36,4 @@ def write_latents(
         sizes=tuple(buckets),
         shards=tuple(shards),
     )
-    write_manifest(folder, manifest)
+    latent_shards(folder).write_manifest(manifest)

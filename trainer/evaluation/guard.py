@@ -22,7 +22,7 @@ from services.clients.reward import RewardClient
 from services.config.evaluation import GuardConfig
 from services.config.run import RunConfig
 from trainer.algorithm.rollout import Sampling
-from trainer.data.conditioning import located_guard_prompts
+from trainer.data.run_prompts import located_guard_prompts
 from trainer.draws import guard_generator
 from trainer.evaluation.drawing import PictureSet
 from trainer.evaluation.judges import Judges

@@ -1,8 +1,7 @@
 """`srpo encode-images RUN.yaml`: encode a dataset's images into latents once, by Ray Data.
 
-Two passes: every image is read whole, so that all that is wrong with the dataset is said before anything is encoded;
-then shards that are not there yet are encoded by engine.num_workers actors that hold a VAE each. An interrupted job
-leaves whole shards only, and the next one goes on where it was.
+Two passes. The first reads every image whole, so that whatever is wrong with the dataset is named before anything is
+encoded. The second encodes the shards that are not there yet.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,25 +21,33 @@ import ray.data
 import torch
 
 from services.config.dataset import DatasetConfig
-from services.config.engine import EngineConfig
 from services.config.run import ConfigError, RunConfig, load_run_config
 from services.pictures import PictureError
 from trainer.data.buckets import Size, fit, nearest_size
 from trainer.data.captioned_images import CaptionedImage, DatasetError, list_images
-from trainer.data.latents import Manifest, Shard, require_full_buckets, told, vae_checksum, write_manifest, write_shard
-from trainer.launch import connect, with_absolute_paths, worker_environment
+from trainer.data.latents import (
+    LatentsManifest,
+    ShardOfImages,
+    format_sizes,
+    latent_shards,
+    require_full_buckets,
+    vae_checksum,
+    write_shard,
+)
+from trainer.jobs.encoding import EncodeError, Write, encode_shards, quiet_ray_data, with_progress
 from trainer.model.loading import model_folder
 from trainer.model.policy import Policy
+from trainer.runtime.cluster import connect, worker_environment
+from trainer.runtime.paths import with_absolute_paths
 
 _IMAGES_PER_SHARD = 64
 _NUM_DIGEST_CHARS = 12
 _NUM_NAMED = 5
-_PROGRESS_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """What reading an image told: its size and the digest of its bytes, or the problem with it."""
+    """An image that was read: its size and the digest of its bytes, or the problem with it."""
 
     image: CaptionedImage
     size: Size = (0, 0)
@@ -52,7 +57,7 @@ class Scanned:
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """A file to be, and what goes into it."""
+    """A shard to write: its file, the size of its images, and the images."""
 
     file: str
     size: Size
@@ -60,15 +65,16 @@ class PlannedShard:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0, or 1 with a line on stderr."""
     parser = argparse.ArgumentParser(prog="srpo encode-images", description="Encode a run's dataset into latents.")
     parser.add_argument("run_file", type=Path)
     args = parser.parse_args(arguments)
     try:
         config = with_absolute_paths(load_run_config(args.run_file))
-        images = listed_images(config)
+        images = images_of(config)
         connect(config)
         manifest = encode(config, images)
-    except (ConfigError, ValueError, OSError, ray.exceptions.RayError) as error:
+    except (ConfigError, EncodeError, ValueError, OSError, ray.exceptions.RayError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1
     finally:
@@ -77,37 +83,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def listed_images(config: RunConfig) -> list[CaptionedImage]:
-    """What there is to encode. Raises DatasetError."""
+def images_of(config: RunConfig) -> list[CaptionedImage]:
+    """Return the images to encode. Raise DatasetError."""
     if config.dataset is None:
         raise DatasetError("the run has no dataset, so that there is nothing to encode")
     return list_images(config.dataset)
 
 
 def encode(config: RunConfig, images: Sequence[CaptionedImage]) -> Path:
-    """Read, plan, encode what is missing, write the manifest. Returns its path. Raises DatasetError or ModelError.
+    """Read, plan, encode what is missing, write the manifest on the cluster that this process has joined.
 
-    Runs on the cluster that this process has joined.
+    Return the manifest's path. Raise DatasetError, ModelError or EncodeError.
     """
     dataset, source = config.dataset, model_folder(config.model.path)
     assert dataset is not None
-    _quieten()
+    quiet_ray_data()
     scanned = require_readable(dataset, scan(config, images))
     warn_of_enlarged(config, scanned)
-    checksum = vae_checksum(source)
-    shards = plan(config, checksum, scanned)
-    dataset.latents_path.mkdir(parents=True, exist_ok=True)
-    encode_shards(config, source, [each for each in shards if not (dataset.latents_path / each.file).exists()])
-    manifest = Manifest(
+    checksum, folder = vae_checksum(source), dataset.latents_path
+    planned = plan(config, checksum, scanned)
+    folder.mkdir(parents=True, exist_ok=True)
+    latent_shards(folder).remove_partial()
+    if missing := [each for each in planned if not (folder / each.file).exists()]:
+        num_images = sum(len(each.images) for each in missing)
+        encode_shards(config, source, [asdict(each) for each in missing], image_encoder, num_images, "images")
+    else:
+        print("all images are encoded already")
+    manifest = LatentsManifest(
         model=config.model.path,
         vae_checksum=checksum,
         dtype=config.model.dtype,
         source=str(dataset.path),
         source_checksum=_digest(*((each.digest, each.image.caption) for each in scanned)),
         sizes=config.model.training_sizes,
-        shards=tuple(_listed(each) for each in shards),
+        shards=tuple(_listed(each) for each in planned),
     )
-    return write_manifest(dataset.latents_path, manifest)
+    return latent_shards(folder).write_manifest(manifest)
 
 
 def scan(config: RunConfig, images: Sequence[CaptionedImage]) -> list[Scanned]:
@@ -116,14 +127,14 @@ def scan(config: RunConfig, images: Sequence[CaptionedImage]) -> list[Scanned]:
     found: dict[int, Scanned] = {}
     environment = {"env_vars": worker_environment(config)}
     answers = ray.data.from_items(rows).map(_scan, num_cpus=config.engine.cpus_per_worker, runtime_env=environment)
-    for row in _with_progress("read", answers, len(images)):
+    for row in with_progress(answers, "read", len(images), "images"):
         size = int(row["height"]), int(row["width"])
         found[int(row["index"])] = Scanned(images[int(row["index"])], size, row["digest"], row["problem"])
     return [found[index] for index in range(len(images))]
 
 
 def require_readable(dataset: DatasetConfig, scanned: list[Scanned]) -> list[Scanned]:
-    """The same. Raises DatasetError naming the images that could not be read, a few of them if they are many."""
+    """Return `scanned`. Raise DatasetError, which names the first few images that could not be read."""
     problems = [each.problem for each in scanned if each.problem]
     if problems:
         named = "; ".join(problems[:_NUM_NAMED]) + ("; …" if len(problems) > _NUM_NAMED else "")
@@ -132,7 +143,7 @@ def require_readable(dataset: DatasetConfig, scanned: list[Scanned]) -> list[Sca
 
 
 def warn_of_enlarged(config: RunConfig, scanned: Sequence[Scanned]) -> None:
-    """Images smaller than their bucket are used, but they teach blur: say so."""
+    """Print a warning if images are smaller than their size in training: they are used, but they teach blur."""
     sizes = config.model.training_sizes
     small = [
         each
@@ -140,15 +151,15 @@ def warn_of_enlarged(config: RunConfig, scanned: Sequence[Scanned]) -> None:
         if any(have < want for have, want in zip(each.size, nearest_size(each.size, sizes), strict=True))
     ]
     if small:
-        first = small[0]
+        first, size = small[0], nearest_size(small[0].size, sizes)
         print(
             f"warning: {len(small)} of {len(scanned)} images are smaller than their size in training and are enlarged, "
-            f"the first is {first.image.name}: {told([first.size])} to {told([nearest_size(first.size, sizes)])}"
+            f"the first is {first.image.name}: {format_sizes([first.size])} to {format_sizes([size])}"
         )
 
 
 def plan(config: RunConfig, vae: str, scanned: Sequence[Scanned]) -> list[PlannedShard]:
-    """Which image goes to which shard: by size, in the given order. Raises DatasetError for a bucket too empty."""
+    """Assign images to shards by size, in the given order. Raise DatasetError for a bucket with too few images."""
     buckets: dict[Size, list[Scanned]] = defaultdict(list)
     for each in scanned:
         buckets[nearest_size(each.size, config.model.training_sizes)].append(each)
@@ -164,45 +175,24 @@ def plan(config: RunConfig, vae: str, scanned: Sequence[Scanned]) -> list[Planne
     return shards
 
 
-def encode_shards(config: RunConfig, source: Path, shards: Sequence[PlannedShard]) -> None:
-    """Encode and write them, by Ray Data, a shard at a time on each actor."""
+def image_encoder(config: RunConfig, source: Path) -> Write:
+    """Load the VAE of `source`; return a function that encodes and writes a shard, a PlannedShard as a mapping."""
     assert config.dataset is not None
-    engine, total = config.engine, sum(len(each.images) for each in shards)
-    if not shards:
-        print("all images are encoded already")
-        return
-    rows = [{"shard": json.dumps(asdict(each))} for each in shards]
-    written = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ShardEncoder,
-        fn_constructor_args=(str(source), config.model.dtype, engine, config.dataset.latents_path),
-        compute=ray.data.ActorPoolStrategy(size=min(engine.num_workers, len(rows))),
-        num_cpus=engine.cpus_per_worker,
-        num_gpus=int(engine.use_gpu),
-        runtime_env={"env_vars": worker_environment(config)},
-    )
-    for _ in _with_progress("encoded", written, total, counted="num_images"):
-        pass
+    folder, batch = config.dataset.latents_path, config.engine.micro_batch  # what fits into training fits here
+    device = "cuda" if config.engine.use_gpu else "cpu"
+    policy = Policy.load_vae(str(source), getattr(torch, config.model.dtype), device)
 
-
-class ShardEncoder:
-    """An actor of Ray Data: a VAE, and what it does with a shard."""
-
-    def __init__(self, source: str, dtype: str, engine: EngineConfig, folder: Path) -> None:
-        torch.set_num_threads(engine.threads_per_worker)
-        device = "cuda" if engine.use_gpu else "cpu"
-        self._policy, self._folder = Policy.load_vae(source, getattr(torch, dtype), device), folder
-        self._batch = engine.micro_batch  # what fits into training fits here
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        tree = json.loads(row["shard"])
-        size, images = tuple(tree["size"]), [CaptionedImage(**each) for each in tree["images"]]
+    def write(shard: dict[str, Any]) -> int:
+        images = [CaptionedImage(**each) for each in shard["images"]]
         parts = []
-        for start in range(0, len(images), self._batch):
-            chunk = [each.read_pixels(each.read_bytes()) for each in images[start : start + self._batch]]
-            stack = torch.stack([fit(torch.from_numpy(pixels), size) for pixels in chunk])
-            parts.append(self._policy.encode_image(stack).to(self._policy.dtype).cpu())
-        write_shard(self._folder / tree["file"], torch.cat(parts))
-        return {"num_images": len(images)}
+        for start in range(0, len(images), batch):
+            pixels = [torch.from_numpy(each.read_pixels(each.read_bytes())) for each in images[start : start + batch]]
+            stack = torch.stack([fit(each, tuple(shard["size"])) for each in pixels])
+            parts.append(policy.encode_image(stack).to(policy.dtype))
+        write_shard(folder, shard["file"], torch.cat(parts))
+        return len(images)
+
+    return write
 
 
 def _scan(row: dict[str, Any]) -> dict[str, Any]:
@@ -216,32 +206,13 @@ def _scan(row: dict[str, Any]) -> dict[str, Any]:
     return {"index": row["index"], "height": height, "width": width, "digest": digest, "problem": ""}
 
 
-def _with_progress(verb: str, rows: ray.data.Dataset, total: int, counted: str | None = None) -> Iterator[Any]:
-    """The rows as they come, and every few seconds a line that tells how many images are done."""
-    started = told_at = time.monotonic()
-    done = 0
-    for row in rows.iter_rows():
-        done += row[counted] if counted else 1
-        now = time.monotonic()
-        if now - told_at > _PROGRESS_EVERY_S or done == total:
-            told_at, left = now, (now - started) / done * (total - done)
-            print(f"{verb} {done}/{total} images  {now - started:.0f} s  ETA {left:.0f} s", flush=True)
-        yield row
-
-
-def _listed(shard: PlannedShard) -> Shard:
+def _listed(shard: PlannedShard) -> ShardOfImages:
     names, captions = (tuple(getattr(each, key) for each in shard.images) for key in ("name", "caption"))
-    return Shard(file=shard.file, size=shard.size, names=names, captions=captions)
+    return ShardOfImages(file=shard.file, size=shard.size, names=names, captions=captions)
 
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _quieten() -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # drawn for terminals; the lines of _with_progress are for logs
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

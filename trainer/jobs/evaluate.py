@@ -1,7 +1,7 @@
-"""`srpo evaluate RUN.yaml [MODEL …]`: the base model against others on held-out prompts, with confidence intervals.
+"""`srpo evaluate RUN.yaml [MODEL …]`: compare models with the base model on held-out prompts, with intervals.
 
-`python -m trainer.jobs.evaluate`, a Ray job or in the foreground. Every policy draws the same prompts and noise;
-every reward that the service has, every judge and every statistic looks at the pictures.
+`python -m trainer.jobs.evaluate`, as a Ray job or in the foreground. Every policy draws the same prompts from the same
+noise. Every reward that the service has, every judge and every statistic measures the pictures.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ _BASE = "base"
 _FOLDER = "comparison"
 
 
-class CompareError(ValueError):
-    """What is to be compared is not there; the text names it and the cure."""
+class EvaluateError(ValueError):
+    """A model or checkpoint cannot be evaluated; the text names it and the cure."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0, or 1 with a line on stderr."""
     parser = argparse.ArgumentParser(prog="srpo evaluate", description="Compare models with a run's base model.")
     parser.add_argument("run_file", type=Path)
     parser.add_argument("models", nargs="*", help="[NAME=]FOLDER: a model or a checkpoint (the run's own model)")
@@ -53,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_run_config(args.run_file)
         folders = named_folders(args.models or [f"aligned={config.output_dir / config.name / 'model'}"])
-        report, url = compare(config, folders)
-    except (ConfigError, CompareError, RewardError, TrackingError, ValueError, OSError) as error:
+        report, url = evaluate(config, folders)
+    except (ConfigError, EvaluateError, RewardError, TrackingError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"done: {report}  {url}")
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def named_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Name -> folder of the policies to be set beside the base model. Raises CompareError.
+    """Return the folders of the policies to compare with the base model, by name. Raise EvaluateError.
 
     >>> named_folders(["step40=outputs/x/checkpoints/y/checkpoint_2"])
     {'step40': PosixPath('outputs/x/checkpoints/y/checkpoint_2')}
@@ -72,24 +73,24 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
         name, _, path = text.rpartition("=")
         name = name or Path(path).name
         if name == _BASE or name in folders:
-            raise CompareError(f"two policies are called {name!r}: name them, as in other={path}")
+            raise EvaluateError(f"two policies are called {name!r}: name them, as in other={path}")
         if not (Path(path) / "model_index.json").is_file() and not (Path(path) / "policy").is_dir():
-            raise CompareError(
+            raise EvaluateError(
                 f"{path} is neither a model folder nor a checkpoint: give one, or run the training first"
             )
         folders[name] = Path(path)
     return folders
 
 
-def compare(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]:
-    """Draw, look, draw the prompts again, write the report. Returns its path and where MLflow shows the record."""
+def evaluate(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]:
+    """Draw with each policy, measure, bootstrap, write the report. Return its path and the MLflow run's URL."""
     tracker = Tracker.start(config.tracking.uri, config.tracking.experiment, f"{config.name} {_FOLDER}")
     status: RunStatus = "FAILED"
     try:
         service = config.reward_service
         with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts) as client:
-            columns = judge(config, make_measurer(config, client), drawn(config, folders))
-        files = write(config, columns)
+            columns = measure(config, make_measurer(config, client), draw(config, folders))
+        files = write_report(config, columns)
         for column in columns:
             tracker.log_metrics(dict(_flat(column)), step=0)
         for file in files:
@@ -101,7 +102,7 @@ def compare(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]:
 
 
 def make_measurer(config: RunConfig, client: RewardClient) -> Measurer:
-    """Everything that can measure: all rewards that are served, judges, statistics, the folder of real pictures."""
+    """Return a measurer with all rewards that are served, judges, statistics and the folder of real pictures."""
     evaluation = config.evaluation
     rewards = {f"reward_{name}": partial(similarities, client, config, name) for name in client.models()}
     judges = Judges.load(evaluation.judge_path, _device(config)) if evaluation.judge_path else None
@@ -109,8 +110,8 @@ def make_measurer(config: RunConfig, client: RewardClient) -> Measurer:
 
 
 @torch.no_grad()
-def drawn(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """Name and images (num_images, 3, height, width) uint8 of each policy, the base model first."""
+def draw(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and images (num_images, 3, height, width) uint8 of each policy, the base model first."""
     model, evaluation = config.model, config.evaluation
     policy = load_policy(config, _device(config))
     size = model.height_px, model.width_px
@@ -124,27 +125,27 @@ def drawn(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str,
     yield _BASE, pictures.draw_alone(policy, encode)
     for name, folder in folders.items():
         if (folder / "policy").is_dir():
-            take_checkpoint(policy, folder, config.finetune)
+            load_checkpoint(policy, folder, config.finetune)
         else:
             policy.load_transformer(folder)
         print(f"drawing {len(pictures.prompts)} pictures with {name}", flush=True)
         yield name, pictures.draw_alone(policy, encode)
 
 
-def take_checkpoint(policy: Policy, folder: Path, finetune: FinetuneConfig) -> None:
-    """Let the transformer have a checkpoint's weights. Raises CompareError for one that the run has not made."""
+def load_checkpoint(policy: Policy, folder: Path, finetune: FinetuneConfig) -> None:
+    """Load a checkpoint's weights into the transformer. Raise EvaluateError for one that the run has not made."""
     try:
         weights = checkpoint_weights(folder)
-        if finetune.kind == "lora":  # the checkpoint has the adapter alone; policies before it may have left others
+        if finetune.kind == "lora":  # the checkpoint has the adapter alone, and an earlier policy may be loaded
             policy.restore_transformer()
             weights = whole_weights(policy.transformer.state_dict() | weights, finetune)
         policy.transformer.load_state_dict(weights)
     except (ValueError, RuntimeError, KeyError, UnpicklingError) as error:
-        raise CompareError(f"{folder} is no checkpoint of this run: {str(error).splitlines()[0]}") from error
+        raise EvaluateError(f"{folder} is no checkpoint of this run: {str(error).splitlines()[0]}") from error
 
 
-def judge(config: RunConfig, measurer: Measurer, policies: Iterator[tuple[str, Tensor]]) -> list[Column]:
-    """Numbers of each policy with their intervals, and of its differences from the base model's: paired draws."""
+def measure(config: RunConfig, measurer: Measurer, policies: Iterator[tuple[str, Tensor]]) -> list[Column]:
+    """Return each policy's numbers and its differences from the base model, with intervals from paired draws."""
     prompts, settings = held_out_prompts(config), config.comparison
     seen: dict[str, Measurements] = {}
     for name, images in policies:
@@ -161,8 +162,8 @@ def judge(config: RunConfig, measurer: Measurer, policies: Iterator[tuple[str, T
     return columns
 
 
-def write(config: RunConfig, columns: Sequence[Column]) -> tuple[Path, Path]:
-    """report.html and numbers.json in the run's folder. Returns their paths."""
+def write_report(config: RunConfig, columns: Sequence[Column]) -> tuple[Path, Path]:
+    """Write report.html and numbers.json into the run's folder. Return their paths."""
     settings, prompts = config.comparison, held_out_prompts(config)
     trained = " and ".join(reward.name for reward in config.rewards)
     each = settings.num_images_per_prompt
@@ -189,13 +190,13 @@ def write(config: RunConfig, columns: Sequence[Column]) -> tuple[Path, Path]:
 
 
 def held_out_prompts(config: RunConfig) -> tuple[str, ...]:
-    """A prompt for each picture."""
+    """Return a prompt for each picture."""
     labels = load_prompts(config.evaluation.prompts_path, config.prompts.column)
     return tuple(label for label in labels for _ in range(config.comparison.num_images_per_prompt))
 
 
 def _values(measurer: Measurer, seen: Measurements, draws: Sequence[Tensor]) -> dict[str, Tensor]:
-    """By name, (1 + num_draws,): each number on all prompts, then on each draw of them."""
+    """Return, by name, (1 + num_draws,): each number on all prompts, then on each draw of them."""
     rows = [measurer.summarize(seen), *(measurer.summarize(seen.rows(draw)) for draw in draws)]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
 

@@ -1,4 +1,4 @@
-"""`srpo sample MODEL --prompt TEXT -o FILE`: draw pictures with a model, as the trainer draws them."""
+"""`srpo sample MODEL --prompt TEXT -o FILE`: draw pictures with a model as training draws them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.model.policy import Policy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 with a line on stderr for a model, size or file that cannot be used."""
+    """Return the exit code: 0, or 1 with a line on stderr for a model, size or file that cannot be used."""
     args = _parser().parse_args(arguments)
     if not args.out.absolute().parent.is_dir():
         print(f"srpo sample: no folder {args.out.parent} to write to: make it first", file=sys.stderr)
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(args: argparse.Namespace) -> None:
-    """One picture a prompt, side by side; picture i depends on the seed and i alone. Raises ModelError."""
+    """Write one picture a prompt, side by side; picture i depends on seed and i alone. Raise ModelError."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = Policy.load(args.model, getattr(torch, args.dtype), device)
     size = args.height_px or policy.vae.config.sample_size, args.width_px or policy.vae.config.sample_size

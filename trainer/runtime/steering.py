@@ -24,7 +24,7 @@ from services.clients.tracking import Tracker, TrackingError
 from services.config.run import RunConfig
 from services.config.steering import ERROR_TAG, TAG, Steering, SteeringError, last_in_force, version_tag
 from trainer.data.prompt_files import LocatedPrompt
-from trainer.runtime.preflight import RefusedError, require_accepted
+from trainer.runtime.accepted_prompts import RefusedError, require_accepted
 
 _READ_TIMEOUT_S = 5.0  # a step waits no longer for MLflow
 _FILE = "steering.json"

@@ -19,8 +19,9 @@ from trainer.algorithm.learner import worker_samples
 from trainer.algorithm.methods import make_learner, num_backwards
 from trainer.algorithm.step_metrics import StepMetrics, progress_line
 from trainer.data.batches import open_batches
-from trainer.data.conditioning import Encode, drawn_prompts, encoder, load_policy, used_prompts
+from trainer.data.conditioning import Encode, encoder, load_policy
 from trainer.data.prompt_lengths import describe_cut_prompts
+from trainer.data.run_prompts import drawn_prompts, used_prompts
 from trainer.evaluation.drawing import PictureSet, evaluation_pictures
 from trainer.evaluation.guard import Guard, guard_measurer
 from trainer.evaluation.judges import Judges

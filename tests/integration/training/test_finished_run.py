@@ -23,7 +23,7 @@ from trainer.data.conditioning import manifest_of
 from trainer.data.prompt_embeddings import prepare, write_shard
 from trainer.draws import evaluation_generator
 from trainer.evaluation.drawing import Evaluation, to_uint8
-from trainer.jobs.encode_images import encode, listed_images
+from trainer.jobs.encode_images import encode, images_of
 from trainer.model.loading import load_text_encoders
 
 pytestmark = pytest.mark.slow
@@ -81,8 +81,8 @@ def test_one_worker_with_other_micro_batches_and_stage_and_prompts_from_disk_is_
     kept = begin_embeddings(run_file, stack.folder)
     written = kept.stat().st_mtime_ns
     output = stack.finish(run_file, "trainer.jobs.encode_prompts")
-    assert f"{len(PROMPTS)} prompts, 2 of them embedded before" in output
-    assert f"embedded {len(PROMPTS) - 2}/{len(PROMPTS) - 2} prompts" in output, "in shards of three"
+    assert f"{len(PROMPTS)} prompts, 2 of them encoded before" in output
+    assert f"encoded {len(PROMPTS) - 2}/{len(PROMPTS) - 2} prompts" in output, "in shards of three"
     assert kept.stat().st_mtime_ns == written, "an existing shard is not made again"
     assert sorted(path.suffix for path in kept.parent.iterdir()) == [".json"] + 3 * [".safetensors"]
     alone = stack.train(run_file)
@@ -114,13 +114,13 @@ def test_a_run_on_real_images_reads_their_latents(stack: TrainingStack, capsys: 
     }
     run_file = stack.write_run("offline", sections=offline, num_workers=1)
     config = load_run_config(run_file)
-    encode(config, listed_images(config))
+    encode(config, images_of(config))
     written = {file: file.stat().st_mtime_ns for file in latents.glob("*.safetensors")}
     assert len(written) == 2
 
     spoil_and_restore_an_image(images, config)
     (images / "0.txt").write_text("another caption", encoding="utf-8")
-    assert "another caption" in encode(config, listed_images(config)).read_text(encoding="utf-8")
+    assert "another caption" in encode(config, images_of(config)).read_text(encoding="utf-8")
     assert {file: file.stat().st_mtime_ns for file in latents.glob("*.safetensors")} == written
     assert "all images are encoded already" in capsys.readouterr().out
 
@@ -143,5 +143,5 @@ def spoil_and_restore_an_image(images: Path, config: RunConfig) -> None:
     whole = (images / "0.png").read_bytes()
     (images / "0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DatasetError, match=r"1 of 8 images are bad: .*0\.png is damaged"):
-        encode(config, listed_images(config))
+        encode(config, images_of(config))
     (images / "0.png").write_bytes(whole)

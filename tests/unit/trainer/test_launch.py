@@ -21,7 +21,8 @@ from services.config.run import load_run_config
 from tests.encoded import write_latents
 from tests.serving import reward_app, serve_app
 from tests.tiny_models import make_tiny_clip
-from trainer.launch import finish, main, with_absolute_paths
+from trainer.launch import finish, main
+from trainer.runtime.paths import with_absolute_paths
 
 
 @pytest.fixture(scope="module")

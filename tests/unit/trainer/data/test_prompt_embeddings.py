@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny_flux import MAX_SEQUENCE_LENGTH, PROMPTS
-from trainer.data.prompt_embeddings import Embeddings, EmbeddingsError, Manifest, fingerprint, prepare, write_shard
+from trainer.data.prompt_embeddings import (
+    Embeddings,
+    EmbeddingsError,
+    EmbeddingsManifest,
+    fingerprint,
+    prepare,
+    write_shard,
+)
 from trainer.data.prompt_files import LocatedPrompt
 from trainer.data.prompt_lengths import describe_cut_prompts
 from trainer.model.loading import ModelError, load_text_encoders
 from trainer.model.policy import Policy
 from trainer.model.text_encoders import Conditioning
 
-MANIFEST = Manifest("5f2a", 4, "bfloat16")
+MANIFEST = EmbeddingsManifest(text_encoders="5f2a", max_sequence_length=4, dtype="bfloat16")
 CPU = torch.device("cpu")
 
 
@@ -79,20 +85,18 @@ def test_missing_prompts_are_named_with_count_and_cure(folder: Path) -> None:
 
 def test_embeddings_of_other_settings_are_refused(folder: Path) -> None:
     for name, other in (("text_encoders", "77"), ("max_sequence_length", 8), ("dtype", "float32")):
-        changed = replace(MANIFEST, **{name: other})  # type: ignore[arg-type]
+        changed = MANIFEST.model_copy(update={name: other})
         for use in (Embeddings.open, prepare):
             with pytest.raises(EmbeddingsError, match=rf"was made with {name} .*, the run has {other}"):
                 use(folder, changed)
 
 
 def test_a_folder_that_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        EmbeddingsError, match=r"absent has no manifest\.json: `srpo encode-prompts RUN\.yaml` writes it"
-    ):
+    with pytest.raises(EmbeddingsError, match=r"absent has no manifest\.json: run `srpo encode-prompts RUN\.yaml`"):
         Embeddings.open(tmp_path / "absent", MANIFEST)
     shard = next(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(EmbeddingsError, match=rf"{shard.name} is damaged .*delete it"):
+    with pytest.raises(EmbeddingsError, match=rf"cannot read .*{shard.name} .*: delete it and run"):
         Embeddings.open(folder, MANIFEST)
     (folder / "manifest.json").write_text("{", encoding="utf-8")
     with pytest.raises(EmbeddingsError, match=r"manifest\.json cannot be read"):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from services.config.engine import EngineConfig
 from services.config.run import RunConfig
 from tests.pictures import photo
 from tests.tiny_flux import HEIGHT_PX, WIDTH_PX
@@ -18,8 +17,8 @@ from trainer.data.captioned_images import CaptionedImage, DatasetError
 from trainer.jobs.encode_images import (
     PlannedShard,
     Scanned,
-    ShardEncoder,
-    listed_images,
+    image_encoder,
+    images_of,
     plan,
     require_readable,
     warn_of_enlarged,
@@ -29,8 +28,8 @@ from trainer.model.policy import Policy
 WIDE, TALL = (HEIGHT_PX, WIDTH_PX), (WIDTH_PX, HEIGHT_PX)
 
 
-def run(source: str = "dataset", global_batch: int = 4) -> RunConfig:
-    sources = {"prompts": {"path": "x.txt"}, "dataset": {"path": "images", "latents_path": "latents"}}
+def run(source: str = "dataset", global_batch: int = 4, latents: Path = Path("latents")) -> RunConfig:
+    sources = {"prompts": {"path": "x.txt"}, "dataset": {"path": "images", "latents_path": latents}}
     tree = {
         "name": "run",
         "num_steps": 1,
@@ -39,7 +38,7 @@ def run(source: str = "dataset", global_batch: int = 4) -> RunConfig:
         "control_words": {"positive": "3D", "negative": "Flat"},
         "rewards": [{"name": "tiny"}],
         "optimizer": {"learning_rate": 1e-3},
-        "engine": {"global_batch": global_batch},
+        "engine": {"micro_batch": 2 - global_batch % 2, "global_batch": global_batch},
         "evaluation": {"prompts_path": "x.txt"},
     }
     return RunConfig.model_validate(tree)
@@ -104,7 +103,7 @@ def test_enlarging_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_without_a_dataset_has_nothing_to_encode() -> None:
     with pytest.raises(DatasetError, match="no dataset"):
-        listed_images(run("prompts"))
+        images_of(run("prompts"))
 
 
 def test_a_shard_holds_the_latents_of_its_images(flux: Policy, flux_folder: Path, tmp_path: Path) -> None:
@@ -112,10 +111,9 @@ def test_a_shard_holds_the_latents_of_its_images(flux: Policy, flux_folder: Path
     for index, path in enumerate(pictures):
         photo(*WIDE).rotate(10 * index).save(path)
     images = tuple(CaptionedImage(str(path), "x") for path in pictures)
-    encoder = ShardEncoder(str(flux_folder), "float32", EngineConfig(micro_batch=2, global_batch=2), tmp_path)
-    shard = PlannedShard("shard.safetensors", WIDE, images)
-    assert encoder({"shard": json.dumps(asdict(shard))}) == {"num_images": 3}
+    config, shard = run(latents=tmp_path), PlannedShard("shard.safetensors", WIDE, images)
+    assert image_encoder(config, flux_folder)(json.loads(json.dumps(asdict(shard)))) == 3
     pixels = torch.stack([torch.from_numpy(each.read_pixels(each.read_bytes())) for each in images]) / 255
     latents = load_file(tmp_path / "shard.safetensors")["latents"]
     torch.testing.assert_close(latents, flux.encode_image(pixels), rtol=0, atol=1e-5)
-    assert [path.name for path in tmp_path.glob(".*")] == []
+    assert [path.name for path in tmp_path.glob("*.partial")] == []

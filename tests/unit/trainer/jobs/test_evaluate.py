@@ -24,7 +24,7 @@ from tests.serving import reward_app, serve_app
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
 from tests.tiny_models import make_tiny_clip
 from tests.workers import in_workers
-from trainer.jobs.evaluate import CompareError, main, named_folders
+from trainer.jobs.evaluate import EvaluateError, main, named_folders
 from trainer.model.lora import add_adapter, whole
 from trainer.model.policy import Policy
 
@@ -176,7 +176,7 @@ class Trap:
 
 
 def test_two_policies_of_one_name_are_refused(flux_folder: Path) -> None:
-    with pytest.raises(CompareError, match=r"two policies are called 'base'"):
+    with pytest.raises(EvaluateError, match=r"two policies are called 'base'"):
         named_folders([f"base={flux_folder}"])
-    with pytest.raises(CompareError, match=flux_folder.name):
+    with pytest.raises(EvaluateError, match=flux_folder.name):
         named_folders([str(flux_folder), str(flux_folder)])

@@ -1,0 +1,37 @@
+"""Make a run's paths absolute: workers run in folders of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from services.config.prompts import absolute
+from services.config.run import RunConfig
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the run with absolute paths. A model.path that is no path on this machine stays a hub id."""
+    model = config.model
+    path = str(Path(model.path).resolve()) if Path(model.path).exists() else model.path
+    return config.model_copy(
+        update={
+            "output_dir": config.output_dir.resolve(),
+            "model": model.model_copy(update={"path": path}),
+            "prompts": _resolved(config.prompts, "path", "embeddings_path"),
+            "dataset": _resolved(config.dataset, "path", "latents_path"),
+            "evaluation": _resolved(config.evaluation, "prompts_path", "judge_path", "reference_path"),
+            "guard": _resolved(config.guard, "prompts_path"),
+        }
+    )
+
+
+def _resolved(section: Section | None, *names: str) -> Section | None:
+    """Return the section with these keys absolute; a key that is null stays null, a benchmark's name as it is."""
+    if section is None:
+        return None
+    paths = {name: value for name in names if (value := getattr(section, name)) is not None}
+    return section.model_copy(update={name: absolute(value) for name, value in paths.items()})
