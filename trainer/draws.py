@@ -1,7 +1,7 @@
-"""Which prompt, levels and noise each sample gets: pure functions of (seed, step, sample_index).
+"""Draw prompts, levels, words and noise for each sample: pure functions of (seed, step, sample_index).
 
-`sample_index` is the position in the global batch, so that one worker or many, a fresh run or a resumed one, all
-see the same samples. Each kind of draw has a stream of its own: no two of them are correlated.
+`sample_index` is the position in the global batch. So one worker or many, a fresh run or a resumed one, see the same
+samples. Each kind of draw has a stream of its own, so that no two are correlated.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class _Stream(IntEnum):
 
 
 def shard(num_samples: int, rank: int, num_workers: int) -> range:
-    """The sample indices of worker `rank`: every num_workers-th one, each index on exactly one worker."""
+    """Return the sample indices of worker `rank`: every num_workers-th one, each index on exactly one worker."""
     return range(rank, num_samples, num_workers)
 
 
 def batch_indices(seed: int, step: int, global_batch: int, num_prompts: int) -> list[int]:
-    """The prompts of a step: global_batch indices from shuffled epochs, in each of which every prompt comes once.
+    """Return a step's prompts: global_batch indices from shuffled epochs, each of which has every prompt once.
 
     >>> sorted(batch_indices(seed=0, step=0, global_batch=2, num_prompts=4)
     ...        + batch_indices(seed=0, step=1, global_batch=2, num_prompts=4))
@@ -51,7 +51,7 @@ def batch_indices(seed: int, step: int, global_batch: int, num_prompts: int) -> 
 
 
 def draw_bucket(seed: int, step: int, weights: Sequence[int]) -> int:
-    """Which of several sizes a step has: each as often as its weight says."""
+    """Draw one of several buckets for a step, in proportion to their weights. Return its index."""
     shares = np.cumsum(weights) / sum(weights)
     return int(np.searchsorted(shares, _random(seed, _Stream.SIZE, step).random(), side="right"))
 
@@ -59,9 +59,9 @@ def draw_bucket(seed: int, step: int, weights: Sequence[int]) -> int:
 def draw_levels(
     seed: int, step: int, sample_index: int, level_range: tuple[int, int], num_levels: int
 ) -> tuple[int, ...]:
-    """The training levels of a sample's injections: one from each of num_levels equal parts of level_range, rising.
+    """Draw the training levels of a sample's injections, rising: one from each of num_levels equal parts of the range.
 
-    Uniform in its part, both ends included; num_levels is at most the number of levels in the range.
+    A level is uniform in its part, both ends of the range included; num_levels is at most the number of levels in it.
     """
     low, high = level_range
     random, count = _random(seed, _Stream.LEVEL, step, sample_index), high - low + 1
@@ -70,7 +70,7 @@ def draw_levels(
 
 
 def draw_words(words: RunWordsConfig, seed: int, step: int, sample_index: int) -> ControlWordsConfig:
-    """The control words of a sample: the run's pair, or one of several as words.kind and words.per say."""
+    """Return the control words of a sample: the run's pair, or one of several as words.kind and words.per say."""
     if words.kind == "fixed":
         return words
     place = (step,) if words.per == "step" else (step, sample_index)
@@ -81,32 +81,32 @@ def draw_words(words: RunWordsConfig, seed: int, step: int, sample_index: int) -
 
 
 def noise_generator(seed: int, step: int, sample_index: int) -> torch.Generator:
-    """The CPU generator of a training sample's start noise."""
+    """Return the CPU generator of a training sample's start noise."""
     return _generator(seed, _Stream.NOISE, step, sample_index)
 
 
 def injection_generator(seed: int, step: int, sample_index: int, injection: int) -> torch.Generator:
-    """The CPU generator of the fresh noise of a sample's injection."""
+    """Return the CPU generator of the fresh noise of a sample's injection."""
     return _generator(seed, _Stream.INJECTION, step, sample_index, injection)
 
 
 def image_generator(seed: int, step: int, sample_index: int, injection: int) -> torch.Generator:
-    """The CPU generator of the noise that a reward without text compares an image with."""
+    """Return the CPU generator of the noise that a reward without text compares an image with."""
     return _generator(seed, _Stream.IMAGE, step, sample_index, injection)
 
 
 def member_generator(seed: int, step: int, sample_index: int, member: int) -> torch.Generator:
-    """The CPU generator of all noise of one of the images that a sample's prompt gets (GRPO's groups)."""
+    """Return the CPU generator of all noise of one of the images that a sample's prompt gets (GRPO's groups)."""
     return _generator(seed, _Stream.MEMBER, step, sample_index, member)
 
 
 def evaluation_generator(seed: int, image_index: int) -> torch.Generator:
-    """The CPU generator of an evaluation image's start noise: the same in every evaluation, never one of training."""
+    """Return the CPU generator of an evaluation image's start noise: the same in every evaluation, none of training."""
     return _generator(seed, _Stream.EVALUATION, image_index)
 
 
 def guard_generator(seed: int, image_index: int) -> torch.Generator:
-    """As evaluation_generator, for the images of the guard."""
+    """Return the same for the images of the guard."""
     return _generator(seed, _Stream.GUARD, image_index)
 
 

@@ -1,4 +1,4 @@
-"""The maths of rectified flow and of Direct-Align's one step: sigmas, interpolation, recovery, branches. Pure.
+"""Rectified flow and Direct-Align's one step: sigmas, interpolation, recovery, branches. Pure mathematics.
 
 Conventions: sigma is the noise level in [0, 1], 1 is noise; x_sigma = (1 − sigma)·clean + sigma·noise; velocity is
 noise − clean. Sigmas are 0-d (the same for the whole batch) or (batch,). Source: Shen et al., arXiv 2509.06942.
@@ -18,9 +18,9 @@ from services.config.rewards import BranchName
 
 
 def sigma_schedule(num_steps: int, shift: float) -> Tensor:
-    """The sigmas of a sampler with `num_steps` Euler steps: (num_steps + 1,) float32, falling from 1 to 0.
+    """Return the sigmas of a sampler with `num_steps` Euler steps: (num_steps + 1,) float32, falling from 1 to 0.
 
-    `shift` s moves uniform times t toward noise: s·t / (1 + (s − 1)·t). Raises ValueError unless both are positive.
+    `shift` s moves uniform times t toward noise: s·t / (1 + (s − 1)·t). Raise ValueError unless both are positive.
     """
     if num_steps < 1 or not 0 < shift < math.inf:
         raise ValueError(f"a sigma schedule needs num_steps >= 1 and a finite shift > 0, not {num_steps} and {shift}")
@@ -31,26 +31,26 @@ def sigma_schedule(num_steps: int, shift: float) -> Tensor:
 def dynamic_shift(
     num_tokens: int, *, base_num_tokens: int, max_num_tokens: int, base_shift: float, max_shift: float
 ) -> float:
-    """FLUX's shift by resolution: exp(mu), where mu is linear in the number of image tokens."""
+    """Return FLUX's shift by resolution: exp(mu), where mu is linear in the number of image tokens."""
     slope = (max_shift - base_shift) / (max_num_tokens - base_num_tokens)
     return math.exp(base_shift + slope * (num_tokens - base_num_tokens))
 
 
 def interpolate(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Inject: x_sigma = (1 − sigma)·clean + sigma·noise, shaped as `clean`."""
+    """Inject noise: return x_sigma = (1 − sigma)·clean + sigma·noise, shaped as `clean`."""
     sigma = _per_sample(sigma, clean)
     return (1 - sigma) * clean + sigma * noise
 
 
 def euler_step(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """One step along the velocity, toward the image (sigma_next < sigma) or toward noise."""
+    """Step along the velocity from sigma to sigma_next, toward the image (sigma_next < sigma) or toward noise."""
     return latents + _per_sample(sigma_next - sigma, latents) * velocity
 
 
 def recover_clean(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """The image that `latents` hold if `noise` is what was injected: (x_sigma − sigma·noise) / (1 − sigma).
+    """Return the clean latents if `noise` is what was injected: (x_sigma − sigma·noise) / (1 − sigma).
 
-    The inverse of `interpolate`. Raises ValueError at sigma >= 1, where nothing of the image is left.
+    This inverts `interpolate`. Raise ValueError at sigma >= 1, where nothing of the image is left.
     """
     if bool((sigma >= 1).any()):
         raise ValueError(f"nothing can be recovered at sigma {sigma.max().item()}: sigma must be below 1")
@@ -67,7 +67,7 @@ class Branch:
     """One trained step of SRPO (arXiv 2509.06942, figure 2: two branches per anchor); all tensors (batch,).
 
     denoise: sigma goes down, the image is rewarded for the positive words. invert: sigma goes up, the words swap.
-    `levels` is where k and λ are read.
+    k and λ are read at `levels`.
 
     >>> Branch("denoise", torch.tensor([400]), torch.tensor([0.86]), torch.tensor([0.84])).recovery_weight
     tensor([0.1250])
@@ -80,20 +80,20 @@ class Branch:
 
     @property
     def recovery_weight(self) -> Tensor:
-        """w in recovered = clean ∓ w·(velocity − (noise − clean)): how strongly the velocity moves the image."""
+        """Return w of recovered = clean ∓ w·(velocity − (noise − clean)): how strongly the velocity moves the image."""
         return (self.sigma_start - self.sigma_end).abs() / (1 - self.sigma_end)
 
     def to(self, device: torch.device) -> Branch:
-        """The same branch on another device."""
+        """Return the same branch on another device."""
         return Branch(self.name, self.levels.to(device), self.sigma_start.to(device), self.sigma_end.to(device))
 
 
 def branches(levels: Tensor, objective: ObjectiveConfig, shift: float) -> tuple[Branch, ...]:
-    """The objective's branches at training levels m, (batch,) integers in [1, num_levels − 1].
+    """Return the objective's branches at training levels m, (batch,) integers in [1, num_levels − 1].
 
     Level n has sigma σ[N − n]: a high level is noisy. Both branches aim at level m: denoise from m + K, invert from
     m − K, where K is the number of levels in Δσ, shrunk near both ends. Where K reaches m, invert starts at level 1
-    instead of 0 and so aims one level higher, as published. Raises ValueError naming the field of the config.
+    instead of 0 and so aims one level higher, as published. Raise ValueError, which names the key.
     """
     size = objective.num_levels
     if bool(((levels < 1) | (levels >= size)).any()):
@@ -109,7 +109,7 @@ def branches(levels: Tensor, objective: ObjectiveConfig, shift: float) -> tuple[
 
 
 def level_sigmas(objective: ObjectiveConfig, shift: float) -> Tensor:
-    """σ[0 … N − 1], falling: objective.sigma_range, or a piece of the shifted grid, cut into equal parts."""
+    """Return σ[0 … N − 1], falling: objective.sigma_range, or a piece of the shifted grid, cut into equal parts."""
     if objective.sigma_range is not None:
         low, high = objective.sigma_range
     else:
@@ -119,7 +119,7 @@ def level_sigmas(objective: ObjectiveConfig, shift: float) -> Tensor:
 
 
 def num_delta_levels(objective: ObjectiveConfig, sigmas: Tensor) -> int:
-    """Δσ as a number of levels, one at least. Raises ValueError where it is larger than the range of `sigmas`."""
+    """Return Δσ as a number of levels, at least one. Raise ValueError if it exceeds the range of `sigmas`."""
     if objective.delta_sigma is None:
         return objective.num_delta_levels
     high, low = sigmas[0].item(), sigmas[-1].item()
@@ -131,7 +131,7 @@ def num_delta_levels(objective: ObjectiveConfig, sigmas: Tensor) -> int:
 
 
 def schedule_at(schedule: Schedule, levels: Tensor, num_levels: int) -> Tensor:
-    """The schedule's value at each level: (batch,) float32. cosine: start + (end − start)·(1 − cos πx) / 2."""
+    """Return the schedule's value at each level, (batch,) float32. cosine: start + (end − start)·(1 − cos πx) / 2."""
     rise = 0.0 if schedule.end is None else schedule.end - schedule.start
     if schedule.kind == "cosine":
         share = (1 - torch.cos(math.pi * levels.double() / (num_levels - 1))) / 2

@@ -61,9 +61,9 @@ class ObjectiveConfig(Frozen):
     discount: Schedule = Schedule(kind="constant", start=1.0)
     """λ, the factor on a branch's loss at its level."""
 
-    recovery_weight: Literal["natural", "normalised"] = "natural"
+    recovery_weight: Literal["natural", "normalized"] = "natural"
     """What happens to w = Δσ / (1 − sigma_end), the factor by which the reward's gradient reaches the velocity.
-    `natural`: it stays. `normalised`: it is divided out, so that all noise levels count the same but for λ."""
+    `natural`: it stays. `normalized`: it is divided out, so that all noise levels count the same but for λ."""
 
     num_injections: Positive = 1
     """How many pairs of sigma and noise are injected into each rollout. Their levels come from as many equal parts of

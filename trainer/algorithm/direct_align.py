@@ -62,8 +62,8 @@ def branch_loss(
     scales = [schedule_at(each.preference_scale(branch.name), branch.levels, objective.num_levels) for each in rewards]
     rewarded = reward_images(images, pairs, rewards, objective.kind, branch.name, scales, injection.image_noise, score)
     discount = schedule_at(objective.discount, branch.levels, objective.num_levels)
-    # The gradient of an image's loss is multiplied by w on its way to the velocity. "normalised" undoes this.
-    factor = discount / branch.recovery_weight if objective.recovery_weight == "normalised" else discount
+    # The gradient of an image's loss is multiplied by w on its way to the velocity. "normalized" undoes this.
+    factor = discount / branch.recovery_weight if objective.recovery_weight == "normalized" else discount
     loss = (factor.to(images.device) * rewarded.hinges).mean()
     return BranchOutcome(loss, rewarded.rewards, torch.stack(scales), discount, rewarded.seconds)
 

@@ -1,1 +1,1 @@
-"""Prompts, captioned images and what is stored of them, as a step's batches."""
+"""Load prompts, captioned images and what was encoded of them, and batch them by step."""

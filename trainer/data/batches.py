@@ -1,10 +1,10 @@
-"""A step's global batch: prompts to roll out, or real images with their captions; always of one size.
+"""Give each step its global batch: prompts to roll out, or real images with captions; always of one size.
 
     batches = open_batches(config)
     batch = batches.batch(step)
     batch.size, batch.prompts        # one prompt a sample; batch.clean reads a dataset's latents
 
-All follows from (seed, step), so that any number of workers and every micro-batch see the same samples.
+A batch follows from (seed, step) alone: any number of workers and micro-batches see the same samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.draws import batch_indices, draw_bucket
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`prompts` by sample index; `clean` gives samples' latents (batch, tokens, channels), None: roll them out."""
+    """The prompts by sample index. `clean` returns samples' latents (batch, tokens, channels); None: roll them out."""
 
     size: Size
     prompts: tuple[str, ...]
@@ -33,7 +33,7 @@ class Batch:
 
 
 class PromptBatches:
-    """Prompts from shuffled epochs; with several sizes, each step has one of them, all equally often."""
+    """Batches of prompts from shuffled epochs. Each step has one of the run's sizes, all equally often."""
 
     def __init__(self, config: RunConfig, located: Sequence[LocatedPrompt]) -> None:
         self.located = located
@@ -47,7 +47,7 @@ class PromptBatches:
 
 
 class ImageBatches:
-    """Encoded images: each step has a bucket, drawn by its number of images, and takes from that in shuffled epochs."""
+    """Batches of encoded images. Each step draws a bucket, by its number of images, from shuffled epochs."""
 
     def __init__(self, config: RunConfig, latents: Latents) -> None:
         self._config, self._buckets = config, list(latents.buckets.items())
@@ -62,21 +62,24 @@ class ImageBatches:
     def batch(self, step: int) -> Batch:
         drawn = self._drawn[step]
         size, bucket = self._buckets[drawn]
-        turn = self._drawn[:step].count(drawn)  # how often the bucket had its turn before
+        turn = self._drawn[:step].count(drawn)  # earlier steps with this bucket
         rows = batch_indices(self._config.seed, turn, self._config.engine.global_batch, len(bucket.captions))
         prompts = tuple(bucket.captions[row] for row in rows)
         return Batch(size, prompts, lambda indices: bucket.read([rows[index] for index in indices]))
 
 
 def open_batches(config: RunConfig, model_folder: Path | None = None) -> PromptBatches | ImageBatches:
-    """What the run file names. Raises PromptsError or DatasetError; for model_folder see Latents.open."""
+    """Open the prompts or the dataset that the run names. Raise PromptsError or DatasetError.
+
+    `model_folder` is passed on to Latents.open.
+    """
     if config.prompts.path is not None:
         return PromptBatches(config, located_prompts(config, "prompts.path", config.prompts.path))
     return ImageBatches(config, Latents.open(config, model_folder))
 
 
 def located_prompts(config: RunConfig, key: str, path: PromptsPath) -> list[LocatedPrompt]:
-    """Those of a file that the run file names under `key`. Raises PromptsError, which names the key as well."""
+    """Read the prompts that the run file names under `key`. Raise PromptsError, which names the key as well."""
     try:
         return locate_prompts(path, config.prompts.column)
     except PromptsError as error:

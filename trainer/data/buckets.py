@@ -1,4 +1,4 @@
-"""Which of the sizes an image gets, and how it is brought to it. Pure; a bucket is all images of one size."""
+"""Choose an image's size and bring it to that. Pure. A bucket is all images of one size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Size = tuple[int, int]  # height_px, width_px
 
 
 def nearest_size(size: Size, sizes: Sequence[Size]) -> Size:
-    """The one whose height/width is nearest, as a ratio; of several with that shape the one nearest in area.
+    """Return the one of `sizes` whose height/width is nearest as a ratio; of equal shapes the one nearest in area.
 
     >>> nearest_size((600, 400), [(512, 512), (640, 448), (1280, 896)])
     (640, 448)
@@ -28,7 +28,7 @@ def nearest_size(size: Size, sizes: Sequence[Size]) -> Size:
 
 
 def fit(pixels: Tensor, size: Size) -> Tensor:
-    """An image (3, height, width) uint8 resized to cover `size` and cropped at its centre: (3, *size) in [0, 1]."""
+    """Resize an image (3, height, width) uint8 to cover `size`, crop its center: return (3, *size) in [0, 1]."""
     factor = max(wanted / side for wanted, side in zip(size, pixels.shape[1:], strict=True))
     covering = [max(wanted, round(factor * side)) for wanted, side in zip(size, pixels.shape[1:], strict=True)]
     floats = pixels[None].float() / 255

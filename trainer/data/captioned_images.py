@@ -1,9 +1,9 @@
-"""A folder or parquet files of images with captions: list them, read one; what is wrong is named with file and line.
+"""List the images with captions in a folder or in parquet files, and read one; errors name file and line.
 
     for each in list_images(config.dataset):
         pixels = each.read_pixels(each.read_bytes())
 
-Listing opens no image. Images of strangers are read by services/pictures.py: upright, transparency laid on white.
+Listing opens no image. services/pictures.py reads them: upright, with transparency laid on white.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class CaptionedImage:
 
     @property
     def name(self) -> str:
-        """What an error calls it."""
+        """Return what an error calls the image."""
         return self.path if self.row is None else f"{self.path} row {self.row}"
 
     def read_bytes(self) -> bytes:
-        """The encoded image. Raises PictureError naming it where there is none."""
+        """Read the image file's bytes. Raise PictureError, which names the image, if there are none."""
         if self.row is not None:
             value = _images_of(self.path, self.row_group, self.column)[self.row - self.first_row].as_py()
             data = value.get("bytes") if isinstance(value, dict) else value
@@ -65,12 +65,12 @@ class CaptionedImage:
             raise PictureError(f"cannot read image {self.path}: {error.strerror or error}") from error
 
     def read_pixels(self, data: bytes) -> NDArray[np.uint8]:
-        """(3, height_px, width_px). Raises PictureError naming the image, for bytes that are no whole picture."""
+        """Decode (3, height_px, width_px). Raise PictureError, which names the image, if `data` is no whole picture."""
         return read_pixels(open_picture(data, self.name), self.name)
 
 
 def list_images(dataset: DatasetConfig) -> list[CaptionedImage]:
-    """All images in a fixed order, each with its caption. Raises DatasetError."""
+    """Return all images with their captions, in a fixed order. Raise DatasetError."""
     path = dataset.path
     if path.is_file():
         tables = [path]
@@ -90,7 +90,7 @@ def list_images(dataset: DatasetConfig) -> list[CaptionedImage]:
 
 
 def _with_text_files(folder: Path) -> list[CaptionedImage]:
-    """cat.png with cat.txt beside it."""
+    """List images such as cat.png with cat.txt beside it."""
     images = _image_files(folder)
     captions = {image: image.with_suffix(".txt") for image in images}
     _require_none(
@@ -105,7 +105,7 @@ def _with_text_files(folder: Path) -> list[CaptionedImage]:
 
 
 def _with_metadata(folder: Path, column: str) -> list[CaptionedImage]:
-    """metadata.jsonl, as the imagefolder of Hugging Face's datasets has it."""
+    """List what metadata.jsonl names, as the imagefolder of Hugging Face's datasets does."""
     file = folder / _METADATA
     images = [_of_line(folder, line, f"{file} line {number}", column) for number, line in _lines(file)]
     listed = {Path(image.path) for image in images}
@@ -148,13 +148,13 @@ def _in_parquet(file: Path, dataset: DatasetConfig) -> list[CaptionedImage]:
     return images
 
 
-@lru_cache(maxsize=1)  # neighbours are read one after the other
+@lru_cache(maxsize=1)  # rows of a group are read one after the other
 def _images_of(path: str, row_group: int, column: str) -> Any:
     return pq.ParquetFile(path).read_row_group(row_group, columns=[column]).column(0)
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Names that begin with a dot are left out: a Mac's archives put a ._cat.png beside each cat.png."""
+    """Return the images below `folder`, but none that begins with a dot: macOS archives add ._cat.png to cat.png."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     return sorted(path for path in found if not path.name.startswith("."))
 

@@ -1,4 +1,4 @@
-"""Prompts as they lie in files: .txt, .jsonl and .parquet, and the HPDv2 benchmark. The only hpsv2."""
+"""Read prompts from .txt, .jsonl and .parquet files and from the HPDv2 benchmark. The only hpsv2."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class LocatedPrompt(NamedTuple):
 
 
 def load_prompts(path: PromptsPath, column: str) -> tuple[str, ...]:
-    """The prompts without the spaces around them, in the file's order. Raises PromptsError."""
+    """Return the prompts in the file's order, stripped of surrounding spaces. Raise PromptsError."""
     return tuple(each.prompt for each in locate_prompts(path, column))
 
 
 def locate_prompts(path: PromptsPath, column: str) -> list[LocatedPrompt]:
-    """The prompts and where each stands; blank lines of text are left out, lines and rows are counted from 1.
+    """Return each prompt with its place. Blank lines are left out; lines and rows are counted from 1.
 
-    `column` is the text's key in .jsonl and its column in .parquet. Raises PromptsError.
+    `column` is the text's key in .jsonl and its column in .parquet. Raise PromptsError.
     """
     if isinstance(path, str):
         return list(_benchmark(path))
@@ -94,14 +94,14 @@ def _parquet(path: Path, column: str) -> Iterator[LocatedPrompt]:
 
 
 def _benchmark(name: Benchmark) -> Iterator[LocatedPrompt]:
-    """HPDv2's benchmark prompts, from where hpsv2 keeps them; it fetches them where it has none."""
+    """Yield HPDv2's benchmark prompts from the folder of hpsv2, which fetches them if they are not there."""
     import hpsv2
 
     style = name.partition(":")[2]
     folder = Path(hpsv2.root_path) / "datasets" / "benchmark"
     for each in _BENCHMARK_STYLES if style == "all" else (style,):
         file = folder / f"{each}.json"
-        try:  # hpsv2 itself asks the hub every time, which a worker need not
+        try:  # hpsv2 itself would ask the hub every time
             prompts = json.loads(file.read_text("utf-8")) if file.is_file() else hpsv2.benchmark_prompts(each)
         except (OSError, ValueError) as error:
             raise PromptsError(

@@ -32,7 +32,7 @@ from trainer.evaluation.statistics import (
 # images (num_images, 3, height, width) uint8 with one prompt for each -> similarities (num_images,) under the positive
 # and under the negative word
 Similarities = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
-_STATISTICS = ("saturation", "dark_share", "edge_density", "colour_entropy", "lattice_share")
+_STATISTICS = ("saturation", "dark_share", "edge_density", "color_entropy", "lattice_share")
 _BATCH = 32  # images measured at a time
 
 

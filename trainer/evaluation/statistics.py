@@ -24,7 +24,7 @@ def picture_statistics(images: Tensor) -> dict[str, Tensor]:
     saturation: mean over pixels of (max − min) / max of the channels, 0 for black (HSV; Smith 1978); in [0, 1].
     dark_share: share of pixels with luma below 0.2.
     edge_density: share of pixels where luma changes by 0.1 per pixel or more (Sobel's operator).
-    colour_entropy: −Σ p log2 p over 64 colors, 4 levels per channel, in bits; at most 6.
+    color_entropy: −Σ p log2 p over 64 colors, 4 levels per channel, in bits; at most 6.
     lattice_share: share of luma's variance that repeats with the period of a token, 16 pixels; in [0, 1], 0 for a
     single color. Over-optimized rewards favor such a lattice, which people see and judges often do not.
     """
@@ -35,7 +35,7 @@ def picture_statistics(images: Tensor) -> dict[str, Tensor]:
         "saturation": saturation.mean(dim=(1, 2)),
         "dark_share": (_luma(pixels) < _DARK).double().mean(dim=(1, 2)),
         "edge_density": (_edge_strength(pixels) >= _EDGE).double().mean(dim=(1, 2)),
-        "colour_entropy": _color_entropy(images),
+        "color_entropy": _color_entropy(images),
         "lattice_share": _lattice_share(_luma(pixels)),
     }
 

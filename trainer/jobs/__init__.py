@@ -1,1 +1,1 @@
-"""The programs beside training that a Ray job runs: encode, evaluate, sample."""
+"""What a Ray job runs besides training: encode, evaluate, sample."""

@@ -1,6 +1,6 @@
-"""A moving average of the trained weights, in float32, spread over the workers; and how it stands in for them.
+"""Keep a moving average of the trained weights, in float32, spread over the workers.
 
-    average ← decay · average + (1 − decay) · weights          after each optimiser step, from the first weights on
+    average ← decay · average + (1 − decay) · weights          after each optimizer step, from the first weights on
 
 Parameter i lives, whole, on worker i mod num_workers: a checkpoint of any number of workers can be read by any other.
 """
@@ -30,14 +30,18 @@ class Average:
         read: Callable[[nn.Parameter], Tensor],
         written: Callable[[nn.Parameter, int], AbstractContextManager[None]],
     ) -> None:
-        """`read` gives a parameter's whole float32 value. Within `written` the parameter is whole, and what the worker
-        named has made of it is every worker's afterwards. All workers take part in both."""
+        """Begin the average at the parameters' values. All workers take part in `read` and `written`.
+
+        `read` returns a parameter's whole float32 value. Within the context `written(parameter, rank)` the parameter
+        is whole; afterwards every worker has what worker `rank` has made of it.
+        """
         self._parameters, self._decay, self._read, self._written = parameters, decay, read, written
         values = {name: read(parameter) for name, parameter in parameters.items()}
         self._values = {name: values[name].detach().float().clone() for name in self._own()}
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average toward the weights."""
         for name, parameter in self._parameters.items():
             value = self._read(parameter)
             if name in self._values:
@@ -45,7 +49,7 @@ class Average:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Within it the parameters hold their average, in their own dtype; afterwards what they held before."""
+        """Let the parameters hold their average, in their own dtype, within the context."""
         trained = self._put(self._values)
         yield
         self._put(trained)  # but not after an error: the other workers would not take part
@@ -56,7 +60,7 @@ class Average:
         save_file(self._values, folder / _FOLDER / f"{dist.get_rank()}.safetensors")
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote on any number of workers. Raises ValueError where a parameter is missing."""
+        """Load what `save` wrote on any number of workers. Raise ValueError if a parameter is missing."""
         wanted = set(self._values)
         for file in sorted((folder / _FOLDER).glob("*.safetensors")):
             with safe_open(file, framework="pt") as part:
@@ -71,7 +75,7 @@ class Average:
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Let the parameters hold these values. Returns this worker's part of what they held."""
+        """Let the parameters hold these values. Return this worker's part of what they held."""
         held = {}
         for index, (name, parameter) in enumerate(self._parameters.items()):
             with self._written(parameter, index % dist.get_world_size()):
@@ -82,7 +86,7 @@ class Average:
 
 
 def averaged_weights(folder: Path) -> dict[str, Tensor]:
-    """All parts of the average in a checkpoint, by parameter; none for a run without one."""
+    """Read the average of all parameters in a checkpoint, by name; empty for a run without one."""
     weights: dict[str, Tensor] = {}
     for file in sorted((folder / _FOLDER).glob("*.safetensors")):
         weights |= load_file(file)

@@ -1,4 +1,4 @@
-"""The only DeepSpeed: a policy sharded over workers, several backwards to an optimiser step, saved and exported whole.
+"""Shard a policy over workers with ZeRO, train it, checkpoint it, export it whole. The only DeepSpeed.
 
     engine = Engine.create(transformer, config.optimizer, config.engine, num_backwards=2, dtype=torch.float32)
     for loss in losses:  # forward, backward, forward, backward: see the warning at `backward`
@@ -39,12 +39,14 @@ _TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def init_distributed(use_gpu: bool) -> torch.device:
-    """Join the process group that RANK, WORLD_SIZE and MASTER_ADDR describe; returns this worker's device."""
+    """Join the process group that RANK, WORLD_SIZE and MASTER_ADDR describe. Return this worker's device."""
     # DeepSpeed would compile this operator at every first start: 15 s, a compiler, and a lock file that a killed
     # worker leaves behind for the next one to wait on for ever. Only its inference engine uses it.
     deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # of DeepSpeed's calls
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # raised by DeepSpeed's calls
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
@@ -53,8 +55,9 @@ def init_distributed(use_gpu: bool) -> torch.device:
 
 
 def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
-    """The trained weights out of what Engine.save wrote on however many workers, for a single process; their average
-    where the run has one. Nothing in the files is run: they may come from elsewhere.
+    """Read the trained weights that Engine.save wrote on any number of workers; their average if the run has one.
+
+    Nothing in the files is executed: they may come from elsewhere.
     """
     whole = folder / _TAG / "mp_rank_00_model_states.pt"
     if whole.is_file():  # stages 0 to 2
@@ -67,7 +70,7 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Within it torch.load unpickles known classes alone, even where DeepSpeed asks it to run whatever a file says."""
+    """Let torch.load unpickle known classes only, even if DeepSpeed asks it to run whatever a file says."""
     before = os.environ.get(_TENSORS_ONLY)
     os.environ[_TENSORS_ONLY] = "1"
     try:
@@ -78,7 +81,7 @@ def _tensors_only() -> Iterator[None]:
 
 
 class Engine:
-    """A policy and its optimiser under ZeRO. Every method is called on all workers, in the same order."""
+    """A policy and its optimizer under ZeRO. Every method is called on all workers, in the same order."""
 
     def __init__(self, deepspeed_engine: Any, zero_stage: int, num_backwards: int, ema: EmaConfig | None) -> None:
         self._deepspeed = deepspeed_engine
@@ -102,7 +105,7 @@ class Engine:
     ) -> Engine:
         """Shard `transformer` over the workers; `num_backwards` is the number of calls of `backward` to one `step`.
 
-        A bfloat16 policy is the rounded image of float32 master weights, which are what the optimiser moves (stages 1
+        A bfloat16 policy is the rounded image of float32 master weights, which the optimizer moves (stages 1
         to 3; RunConfig refuses stage 0, where DeepSpeed's gradients are wrong from the second step on).
         """
         settings = _settings(optimizer, engine, num_backwards, dtype)
@@ -126,7 +129,7 @@ class Engine:
         self._num_pending += 1
 
     def step(self) -> float:
-        """Clip, update, forget the gradients. Returns the norm of the whole gradient before clipping."""
+        """Clip, update, clear the gradients. Return the norm of the whole gradient before clipping."""
         if self._num_pending != self._num_backwards:
             raise RuntimeError(f"{self._num_pending} backwards before a step, not {self._num_backwards}")
         plain_norm = self._plain_grad_norm()
@@ -137,7 +140,7 @@ class Engine:
         return float(self._deepspeed.get_global_grad_norm()) if plain_norm is None else plain_norm
 
     def save(self, folder: Path, step: int) -> None:
-        """Write this worker's part of trained weights, average and optimiser's state; the parts share one folder."""
+        """Write this worker's part of weights, average and optimizer state; the parts share one folder."""
         self._deepspeed.save_checkpoint(
             str(folder), tag=_TAG, client_state={"step": step}, exclude_frozen_parameters=self._leaves_out_frozen
         )
@@ -145,7 +148,7 @@ class Engine:
             self._average.save(folder)
 
     def load(self, folder: Path) -> int:
-        """Take up what `save` wrote, on the same number of workers. Returns its step."""
+        """Load what `save` wrote on the same number of workers. Return its step."""
         if not (folder / _TAG).is_dir():
             raise FileNotFoundError(f"no checkpoint of a policy in {folder}")
         is_strict = not self._leaves_out_frozen
@@ -155,7 +158,7 @@ class Engine:
         return int(state["step"])
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within it the policy has the averaged weights, if there is an average: for all that looks at the policy."""
+        """Let the policy have its averaged weights, if there are any, within the context: for drawing and export."""
         return self._average.in_force() if self._average is not None else nullcontext()
 
     def export(self, save: Callable[[nn.Module], None]) -> None:
@@ -168,14 +171,14 @@ class Engine:
         dist.barrier()
 
     def _read(self, parameter: nn.Parameter) -> Tensor:
-        """Its whole master weights in float32, on all workers."""
+        """Return the parameter's whole master weights in float32, on all workers."""
         if self._zero_stage < 3 and parameter.dtype == torch.float32:
             return parameter.data
         return safe_get_full_fp32_param(parameter)
 
     @contextmanager
     def _written(self, parameter: nn.Parameter, by_rank: int) -> Iterator[None]:
-        """Within it the parameter is whole; afterwards it is on all workers as worker `by_rank` has left it."""
+        """Let the parameter be whole within the context; afterwards all workers have it as worker `by_rank` left it."""
         if self._zero_stage == 3:
             with GatheredParameters([parameter], modifier_rank=by_rank):
                 yield
@@ -190,7 +193,7 @@ class Engine:
             self._deepspeed.step()  # between backwards it only counts; the weights move at the last one
 
     def _plain_grad_norm(self) -> float | None:
-        """Stage 0 keeps whole, already averaged gradients and tells no norm of them."""
+        """Return the norm in stage 0, which keeps whole, averaged gradients and reports none; None in other stages."""
         if self._zero_stage:
             return None
         grads = [parameter.grad for parameter in self._deepspeed.module.parameters() if parameter.grad is not None]

@@ -1,7 +1,4 @@
-"""Find a checkpoint on disk or on the hub, and load it through diffusers, checked.
-
-Every constant comes from the checkpoint's configs. Raise ModelError, which names model.path and the cure.
-"""
+"""Find a checkpoint on disk or on the hub, load it through diffusers and check it."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ def check_model_path(path: str) -> None:
 
 
 def model_folder(path: str) -> Path:
-    """The folder of a model: `path` itself, or where the hub's model of that id is kept. Raises ModelError."""
+    """Return a model's folder: `path` itself, or where the hub's model of that id is kept. Raise ModelError."""
     check_model_path(path)
     if Path(path).is_dir():
         return Path(path)
@@ -55,14 +52,14 @@ def model_folder(path: str) -> Path:
 def load_text_encoders(
     path: str, dtype: torch.dtype, device: torch.device | str = "cpu", *, only_tokenizers: bool = False
 ) -> TextEncoders:
-    """Those of a folder or a hub id, and nothing else of the model. Raises ModelError."""
+    """Load the text encoders of a folder or a hub id, and nothing else of the model. Raise ModelError."""
     without = ("transformer", "vae", *(("text_encoder", "text_encoder_2") if only_tokenizers else ()))
     return TextEncoders(load_pipeline(model_folder(path), dtype, device, **dict.fromkeys(without)))
 
 
 def load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str, **without: None) -> FluxPipeline:
-    """The pipeline, less what is given as None. Raises ModelError."""
-    from diffusers import FluxPipeline  # on use: 5 s that launch.py, which only checks the path, need not wait for
+    """Load a pipeline without the parts that are given as None. Raise ModelError."""
+    from diffusers import FluxPipeline  # on use: it takes 5 s, and launch.py only checks the path
 
     try:
         pipeline = FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
@@ -74,8 +71,8 @@ def load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str, 
     return pipeline
 
 
-def require_finite(part: nn.Module, told: str) -> None:
-    """Raise ModelError for the first weight that is not a finite number; two numbers a tensor are all it makes."""
-    for name, tensor in part.state_dict().items():
+def require_finite(part: nn.Module, name: str) -> None:
+    """Raise ModelError for the first weight that is not finite. It allocates two numbers a tensor."""
+    for key, tensor in part.state_dict().items():
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-            raise ModelError(f"{told}/{name} holds NaN or infinite numbers: fetch or train the model anew")
+            raise ModelError(f"{name}/{key} holds NaN or infinite numbers: fetch or train the model anew")

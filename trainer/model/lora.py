@@ -1,4 +1,4 @@
-"""The only peft: an adapter beside a policy's linear layers (LoRA), and the whole weights that the two make together.
+"""Put an adapter (LoRA) beside a policy's linear layers, and compute the whole weights of both. The only peft.
 
 Source: Hu et al., arXiv 2106.09685: W + alpha / rank · B·A, of which A and B are trained.
 """
@@ -19,9 +19,9 @@ _BASE = ".base_layer."
 
 
 def add_adapter(transformer: Any, finetune: FinetuneConfig, seed: int) -> None:
-    """Freeze a diffusers transformer and put an adapter on it, in place; it computes the same until it is trained.
+    """Freeze a diffusers transformer and add an adapter to it, in place; its output is the same until it is trained.
 
-    Raises ValueError for a target that is no linear layer's name, with those that there are.
+    Raise ValueError for a target that is no linear layer's name, with the names that there are.
     """
     from peft import LoraConfig  # on use: a full fine-tuning does without
 
@@ -43,14 +43,14 @@ def add_adapter(transformer: Any, finetune: FinetuneConfig, seed: int) -> None:
 
 
 def adapter(transformer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter on a policy, for Policy.save_adapter: its weights by peft's names, and peft's settings."""
+    """Return the adapter's weights by peft's names, and peft's settings, for Policy.save_adapter."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(transformer), transformer.peft_config["default"].to_dict()
 
 
 def whole(transformer: nn.Module, finetune: FinetuneConfig) -> nn.Module:
-    """The plain transformer that computes what policy and adapter do; for full fine-tuning the policy itself.
+    """Return a plain transformer that computes what policy and adapter do; in full fine-tuning the policy itself.
 
     It shares every weight that has no adapter with the policy, which must be whole (under ZeRO stage 3: gathered).
     """
@@ -63,10 +63,10 @@ def whole(transformer: nn.Module, finetune: FinetuneConfig) -> nn.Module:
 
 
 def whole_weights(weights: Mapping[str, Tensor], finetune: FinetuneConfig) -> dict[str, Tensor]:
-    """A plain transformer's weights out of its own and an adapter's: W + scaling · B·A, summed in float32.
+    """Return a plain transformer's weights from its own and an adapter's: W + scaling · B·A, summed in float32.
 
-    `weights` holds both, by peft's names or, for the transformer's own, by plain ones. Raises ValueError for an
-    adapter of another rank than the run's, whose alpha is unknown.
+    `weights` holds both: the adapter by peft's names, the transformer's own by these or by plain ones. Raise ValueError
+    for an adapter of another rank than the run's, whose alpha is unknown.
     """
     plain = {name.replace(_BASE, "."): tensor for name, tensor in weights.items() if not name.endswith((_A, _B))}
     for name, down in weights.items():
@@ -74,8 +74,8 @@ def whole_weights(weights: Mapping[str, Tensor], finetune: FinetuneConfig) -> di
             continue
         layer = name.removesuffix(_A)
         if finetune.kind == "full" or len(down) != finetune.rank:
-            told = "finetune.kind full" if finetune.kind == "full" else f"finetune.rank {finetune.rank}"
-            raise ValueError(f"these weights hold an adapter of rank {len(down)}; the run file says {told}")
+            expected = "finetune.kind full" if finetune.kind == "full" else f"finetune.rank {finetune.rank}"
+            raise ValueError(f"these weights hold an adapter of rank {len(down)}; the run file says {expected}")
         own = plain[f"{layer}.weight"]
         change = finetune.scaling * weights[layer + _B].float() @ down.float()
         plain[f"{layer}.weight"] = (own.float() + change.to(own.device)).to(own.dtype)

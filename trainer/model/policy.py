@@ -1,6 +1,6 @@
-"""Policy: the model being trained, with all that is needed to draw with it. FLUX through diffusers.
+"""Hold the model being trained with all that is needed to draw with it: a Policy is FLUX through diffusers.
 
-Packed latents are what the transformer sees: (batch, tokens, channels), see packing.py. Every constant comes from the
+The transformer sees packed latents, (batch, tokens, channels): see packing.py. Every constant comes from the
 checkpoint's configs.
 """
 
@@ -53,10 +53,9 @@ class Policy:
     ) -> Policy:
         """Load a folder or a hub id; weights of any dtype on disk become `dtype`.
 
-        Raises ModelError, for weights that are not finite as well.
-
-        With gradient_checkpointing the transformer's blocks and the VAE's decoder are recomputed in the backward.
-        Without text_encoders it cannot encode prompts, but counts their tokens.
+        Raise ModelError if it cannot be loaded or has weights that are not finite. With gradient_checkpointing the
+        transformer's blocks and the VAE's decoder are recomputed in the backward. Without text_encoders the policy
+        cannot encode prompts, but counts their tokens.
         """
         source = model_folder(path)
         without = {} if text_encoders else {"text_encoder": None, "text_encoder_2": None}
@@ -68,7 +67,7 @@ class Policy:
 
     @classmethod
     def load_vae(cls, path: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Policy:
-        """As `load`, but only what encodes and decodes images: no transformer and no text encoders in memory."""
+        """Load only what encodes and decodes images: no transformer and no text encoders. Otherwise like `load`."""
         absent = dict.fromkeys(("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         source = model_folder(path)
         return cls(load_pipeline(source, dtype, device, **absent), source)
@@ -81,21 +80,21 @@ class Policy:
 
     @property
     def max_sequence_length(self) -> int:
-        """The T5 tokens a prompt that the checkpoint was made for."""
+        """Return the number of T5 tokens a prompt that the checkpoint was made for."""
         return int(self._pipeline.tokenizer_2.model_max_length)
 
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> Conditioning:
-        """As TextEncoders.encode_prompts."""
+        """Return the Conditioning of prompts: see TextEncoders.encode_prompts."""
         return self.text.encode_prompts(prompts, max_sequence_length)
 
     def drop_text_encoders(self) -> None:
-        """Free their memory once all prompts are encoded; save_pipeline copies them from the source."""
+        """Free the text encoders' memory once all prompts are encoded; save_pipeline copies them from the source."""
         self.text.drop()
 
     def resolve_shift(self, shift: float | Literal["dynamic"], height_px: int, width_px: int) -> float:
-        """The sigma schedule's shift as a number; "dynamic" is the checkpoint's own, by resolution.
+        """Return the sigma schedule's shift as a number; "dynamic" is the checkpoint's own, by resolution.
 
-        Raises ModelError for sizes that the model cannot make.
+        Raise ModelError for sizes that the model cannot make.
         """
         rows, columns = self._token_grid(height_px, width_px)
         if shift != "dynamic":
@@ -110,10 +109,10 @@ class Policy:
         )
 
     def draw_noise(self, generators: Sequence[torch.Generator], height_px: int, width_px: int) -> Tensor:
-        """Packed start noise (batch, tokens, channels) float32, one CPU generator an image.
+        """Draw packed start noise (batch, tokens, channels) float32, with one CPU generator an image.
 
-        Drawn on the CPU and unpacked, one image at a time: the same on every device and in every batch, and the same
-        as FluxPipeline's for these generators.
+        It is drawn unpacked on the CPU, one image at a time. So it is the same on every device and in every batch, and
+        the same as FluxPipeline's for these generators.
         """
         rows, columns = self._token_grid(height_px, width_px)
         num_channels = self._pipeline.transformer.config.in_channels // PATCH**2
@@ -131,9 +130,9 @@ class Policy:
         *,
         truncate_timestep: bool = False,
     ) -> Tensor:
-        """The velocity at packed `latents` (batch, tokens, channels), in their dtype; sigma 0-d or (batch,).
+        """Return the velocity at packed `latents` (batch, tokens, channels), in their dtype; sigma is 0-d or (batch,).
 
-        guidance_scale is an input of the distilled model, not a second forward; models without one ignore it.
+        guidance_scale is an input of the distilled model, not a second forward; models without that input ignore it.
         truncate_timestep cuts 1000·sigma to an integer, as the published SRPO code does.
         """
         batch, device = len(latents), latents.device
@@ -153,7 +152,7 @@ class Policy:
         return velocity.to(latents.dtype)
 
     def decode_image(self, latents: Tensor, height_px: int, width_px: int) -> Tensor:
-        """Packed latents to images (batch, 3, height_px, width_px) float32, clamped to [0, 1]. Carries gradient."""
+        """Decode packed latents to images (batch, 3, height_px, width_px) float32 in [0, 1], with gradient."""
         config = self.vae.config
         unpacked = unpack(latents, *self._token_grid(height_px, width_px)) / config.scaling_factor + config.shift_factor
         (decoded,) = self.vae.decode(unpacked.to(self.vae.dtype), return_dict=False)
@@ -161,10 +160,10 @@ class Policy:
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, height_px, width_px) in [0, 1] to packed latents, float32: decode_image's inverse, nearly.
+        """Encode images (batch, 3, height_px, width_px) in [0, 1] to packed latents float32, on the policy's device.
 
-        The mean of the VAE's posterior, not a sample: its spread is far below what the VAE loses, and the mean needs
-        no noise, so that an image has the same latents whenever and beside whichever others it is encoded.
+        They are the mean of the VAE's posterior, not a sample: an image always has the same latents. The posterior's
+        spread is far below what the VAE loses.
         """
         self._token_grid(*images.shape[2:])
         config = self.vae.config
@@ -172,7 +171,7 @@ class Policy:
         return pack((encoded.float() - config.shift_factor) * config.scaling_factor)
 
     def load_transformer(self, folder: Path) -> None:
-        """Take the weights of another folder's transformer, of the same architecture. Raises ModelError."""
+        """Load the weights of another folder's transformer of the same architecture. Raise ModelError."""
         try:
             other = type(self.transformer).from_pretrained(folder, subfolder="transformer", torch_dtype=self.dtype)  # type: ignore[attr-defined]  # diffusers' ModelMixin
             self.transformer.load_state_dict(other.state_dict())
@@ -181,7 +180,7 @@ class Policy:
         require_finite(self.transformer, f"{folder}: transformer")
 
     def restore_transformer(self) -> None:
-        """Take the checkpoint's own weights again."""
+        """Load the checkpoint's own weights again. Raise ModelError for a policy that came from no folder."""
         if self.source is None:
             raise ModelError("a model that was not loaded from a folder has no weights to go back to")
         self.load_transformer(self.source)
@@ -208,7 +207,7 @@ class Policy:
         )
 
     def _token_grid(self, height_px: int, width_px: int) -> tuple[int, int]:
-        """Rows and columns of tokens. Raises ModelError for sizes that the model cannot make."""
+        """Return rows and columns of tokens. Raise ModelError for sizes that the model cannot make."""
         token_px = self._pipeline.vae_scale_factor * PATCH
         if height_px % token_px or width_px % token_px:
             raise ModelError(

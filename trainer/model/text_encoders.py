@@ -1,4 +1,4 @@
-"""A checkpoint's CLIP and T5 with their tokenizers: prompts in, Conditioning out. policy.py loads them."""
+"""Encode prompts by a checkpoint's CLIP and T5. loading.py loads them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Conditioning:
         return len(self.pooled)
 
     def __getitem__(self, which: slice | Sequence[int] | Tensor) -> Conditioning:
-        """A batch of some of the prompts, by slice or by indices (which may repeat)."""
+        """Return a batch of some of the prompts, by slice or by indices (which may repeat)."""
         index = which if isinstance(which, slice | Tensor) else list(which)
         return Conditioning(self.prompt_embeds[index], self.pooled[index])
 
 
 class TextEncoders:
-    """Those of a FluxPipeline, which may lack all else."""
+    """The text encoders and tokenizers of a FluxPipeline, which may lack all else."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
@@ -43,11 +43,11 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> Conditioning:
-        """Text to Conditioning with max_sequence_length T5 tokens a prompt; longer prompts are cut, as FLUX does.
+        """Return the Conditioning of prompts, with max_sequence_length T5 tokens each; longer prompts are cut.
 
-        One prompt at a time: its numbers are the same to the last bit, whatever is encoded beside it.
+        Prompts are encoded one at a time, so that their numbers do not depend on what is encoded beside them.
         """
-        # it would warn at each prompt that is cut; data/prompt_lengths.py says it once, with the count
+        # the pipeline warns at each prompt that is cut; data/prompt_lengths.py says it once, with the count
         logging.getLogger("diffusers.pipelines.flux.pipeline_flux").setLevel(logging.ERROR)
         device = self._pipeline.text_encoder.device
         parts = [
@@ -59,11 +59,11 @@ class TextEncoders:
         return Conditioning(torch.cat(prompt_embeds).to(dtype), torch.cat(pooled).to(dtype))
 
     def num_t5_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt with T5's end mark, before anything is cut."""
+        """Count the tokens of each prompt with T5's end mark, before anything is cut."""
         return [len(ids) for ids in self._pipeline.tokenizer_2(list(prompts), verbose=False).input_ids]
 
     def num_clip_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt with CLIP's start and end marks, before anything is cut."""
+        """Count the tokens of each prompt with CLIP's start and end marks, before anything is cut."""
         return [len(ids) for ids in self._pipeline.tokenizer(list(prompts), verbose=False).input_ids]
 
     def drop(self) -> None:

@@ -77,7 +77,7 @@ def write(run: dict[str, Any]) -> Path:
         (
             "guard",
             {"prompts_path": "two.txt", "num_prompts": 2, "keep_best": {"metric": "guard/fun", "goal": "max"}},
-            ["guard.keep_best.metric 'guard/fun' is not measured", "guard/base_pixel_distance, guard/colour_entropy"],
+            ["guard.keep_best.metric 'guard/fun' is not measured", "guard/base_pixel_distance, guard/color_entropy"],
         ),
         (
             "guard",

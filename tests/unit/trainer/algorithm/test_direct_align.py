@@ -90,11 +90,11 @@ def test_gradient_equals_autograd_through_the_reward(flux: Policy, injection: In
 
 
 @pytest.mark.parametrize("name", ["denoise", "invert"])
-def test_discount_and_normalisation_multiply_the_loss_of_each_image(
+def test_discount_and_normalization_multiply_the_loss_of_each_image(
     flux: Policy, injection: Injection, name: BranchName
 ) -> None:
     discount = Schedule(kind="cosine", start=-0.5, end=2.0)
-    branch, outcome = loss_of(flux, injection, name, TINY, discount=discount, recovery_weight="normalised")
+    branch, outcome = loss_of(flux, injection, name, TINY, discount=discount, recovery_weight="normalized")
     rewards = rewards_of(flux, injection, branch, scale_of(branch), ["3D", "Flat"])
     factor = schedule_at(discount, branch.levels, 1000)
     torch.testing.assert_close(outcome.discount, factor)

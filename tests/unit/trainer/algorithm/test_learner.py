@@ -41,7 +41,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "num_injections": 2,
         "injection_noise": "fresh",
         "discount": DISCOUNT,
-        "recovery_weight": "normalised",
+        "recovery_weight": "normalized",
     },
     "updates": {"num_injections": 3, "update_per_injection": True, "branches": ["invert"]},
 }

@@ -47,16 +47,16 @@ def test_edges_are_where_luma_changes() -> None:
 def test_color_entropy_is_the_logarithm_of_equally_frequent_colors() -> None:
     images = flat((0, 0, 0), (0, 0, 0), (10, 20, 30))
     images[1, :, :, 4:] = 255
-    assert picture_statistics(images)["colour_entropy"].tolist() == pytest.approx([0.0, 1.0, 0.0])
+    assert picture_statistics(images)["color_entropy"].tolist() == pytest.approx([0.0, 1.0, 0.0])
     values = torch.tensor([0, 64, 128, 192], dtype=torch.uint8)
     every_color = torch.cartesian_prod(values, values, values).T.reshape(1, 3, 8, 8)
-    assert picture_statistics(every_color)["colour_entropy"].item() == pytest.approx(6.0)
+    assert picture_statistics(every_color)["color_entropy"].item() == pytest.approx(6.0)
 
 
 def test_a_larger_copy_has_the_same_colors_and_the_same_share_of_dark() -> None:
     images = noise()
     large = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    for name in ("saturation", "dark_share", "colour_entropy"):
+    for name in ("saturation", "dark_share", "color_entropy"):
         torch.testing.assert_close(picture_statistics(large)[name], picture_statistics(images)[name])
 
 
@@ -109,9 +109,9 @@ def test_common_mode_is_what_the_difference_does_not_see() -> None:
     assert common_mode(negative, positive).equal(common_mode(positive, negative))
 
 
-@pytest.mark.parametrize("name", ["saturation", "dark_share", "edge_density", "colour_entropy", "lattice_share"])
+@pytest.mark.parametrize("name", ["saturation", "dark_share", "edge_density", "color_entropy", "lattice_share"])
 def test_statistics_are_finite_one_an_image_and_within_their_bounds(name: str) -> None:
     values = picture_statistics(torch.cat([noise(), noise().clamp(max=3), noise().clamp(min=250)]))[name]
     assert values.shape == (12,)
     assert all(math.isfinite(value) and 0 <= value <= 6 for value in values.tolist())
-    assert name == "colour_entropy" or values.max() <= 1
+    assert name == "color_entropy" or values.max() <= 1
