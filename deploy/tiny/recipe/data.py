@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import resvg_py
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -148,6 +147,8 @@ def _draw(job: tuple[str, bytes]) -> np.ndarray:
     """Picture file -> (64, 64, 3) uint8: cropped to what is painted, centred, on white."""
     ending, data = job
     if ending == ".svg":
+        import resvg_py  # on use: only this stage needs it
+
         data = bytes(resvg_py.svg_to_bytes(svg_string=data.decode(), width=256, height=256))
     picture = Image.open(io.BytesIO(data)).convert("RGBA")
     box = picture.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox()
