@@ -197,6 +197,8 @@ class Policy:
         for name in index.keys() - {"transformer"}:
             if (self.source / name).is_dir():
                 shutil.copytree(self.source / name, out_dir / name, dirs_exist_ok=True)
+        for config in out_dir.glob("text_encoder*/config.json"):
+            _load_in_float32(config)
         shutil.copy(self.source / INDEX, out_dir / INDEX)
         transformer.save_pretrained(out_dir / "transformer")  # type: ignore[operator]  # diffusers' ModelMixin
 
@@ -215,3 +217,13 @@ class Policy:
                 "(a size of model.sizes likewise)"
             )
         return height_px // token_px, width_px // token_px
+
+
+def _load_in_float32(config: Path) -> None:
+    """Let transformers load a text encoder in float32, as diffusers loads the transformer without a dtype.
+
+    transformers follows the dtype in the config, which is that of the stored weights; mixed dtypes fail when drawing.
+    """
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings = {key: value for key, value in settings.items() if key != "torch_dtype"} | {"dtype": "float32"}
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

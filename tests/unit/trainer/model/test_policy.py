@@ -192,3 +192,14 @@ def test_flux_1_dev_shapes_at_1024_px_on_the_meta_device() -> None:
     velocity = flux.predict_velocity(latents, sigma, conditioning, 3.5, 1024, 1024)
     assert velocity.shape == latents.shape
     assert velocity.dtype == torch.float32
+
+
+def test_the_embedded_default_and_what_is_exported_from_it_draw_without_a_dtype(tmp_path: Path) -> None:
+    policy = Policy.load("deploy/tiny/flux", torch.float32)
+    policy.save_pipeline(policy.transformer, tmp_path)
+    for folder in (Path("deploy/tiny/flux"), tmp_path):
+        pipeline = FluxPipeline.from_pretrained(folder)
+        assert {pipeline.transformer.dtype, pipeline.text_encoder.dtype, pipeline.text_encoder_2.dtype} == {
+            torch.float32
+        }
+        pipeline("red heart", height=64, width=64, num_inference_steps=1, max_sequence_length=16)
