@@ -159,6 +159,9 @@ def save(generator: Generator, clip: CLIPTokenizer, t5: T5Tokenizer, vae: Autoen
         tokenizer_2=t5,
         transformer=generator.transformer,
     ).to(dtype=torch.float16).save_pretrained(out)
+    for name in ("text_encoder", "text_encoder_2"):  # transformers follows the config's dtype, diffusers takes float32
+        config = out / name / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def tokenize(clip: CLIPTokenizer, t5: T5Tokenizer, captions: list[str]) -> Tokens:
