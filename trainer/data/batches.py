@@ -47,7 +47,7 @@ class PromptBatches:
 
 
 class ImageBatches:
-    """Batches of encoded images. Each step draws a bucket, by its number of images, from shuffled epochs."""
+    """Batches of encoded images. Each step draws a bucket by its number of images, then takes its next images."""
 
     def __init__(self, config: RunConfig, latents: Latents) -> None:
         self._config, self._buckets = config, list(latents.buckets.items())

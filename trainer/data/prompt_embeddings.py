@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -44,16 +45,29 @@ def fingerprint(source: Path) -> str:
     digest = hashlib.sha256()
     for component in COMPONENTS:
         for file in sorted(each for each in (source / component).rglob("*") if each.is_file()):
-            num_bytes = file.stat().st_size
-            digest.update(f"{file.relative_to(source)} {num_bytes}\n".encode())
-            with file.open("rb") as content:
-                if num_bytes <= _WHOLE_FILE_BYTES:
-                    digest.update(content.read())
-                    continue
-                for part in range(_NUM_PARTS):
-                    content.seek((num_bytes - _PART_BYTES) * part // (_NUM_PARTS - 1))
-                    digest.update(content.read(_PART_BYTES))
+            content = _config_without_dtype(file) if file.name == "config.json" else _parts(file)
+            digest.update(f"{file.relative_to(source)} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
+
+
+def _config_without_dtype(file: Path) -> bytes:
+    """Return a config without the dtype to load in: a run names its own, and exported models have another."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    return json.dumps({key: settings[key] for key in sorted(settings) if key not in ("dtype", "torch_dtype")}).encode()
+
+
+def _parts(file: Path) -> bytes:
+    num_bytes = file.stat().st_size
+    if num_bytes <= _WHOLE_FILE_BYTES:
+        return file.read_bytes()
+    starts = [(num_bytes - _PART_BYTES) * part // (_NUM_PARTS - 1) for part in range(_NUM_PARTS)]
+    with file.open("rb") as content:
+        return str(num_bytes).encode() + b"".join(_read_at(content, start) for start in starts)
+
+
+def _read_at(content: BinaryIO, start: int) -> bytes:
+    content.seek(start)
+    return content.read(_PART_BYTES)
 
 
 def prepare(folder: Path, manifest: EmbeddingsManifest) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from trainer.data.latents import (
 from trainer.jobs.encoding import EncodeError, Write, encode_shards, quiet_ray_data, with_progress
 from trainer.model.loading import model_folder
 from trainer.model.policy import Policy
-from trainer.runtime.cluster import connect, worker_environment
+from trainer.runtime.cluster import ClusterError, check_cluster, connect, worker_environment
 from trainer.runtime.paths import with_absolute_paths
 
 _IMAGES_PER_SHARD = 64
@@ -72,9 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = with_absolute_paths(load_run_config(args.run_file))
         images = images_of(config)
+        check_cluster(os.environ.get("RAY_ADDRESS", ""))
         connect(config)
         manifest = encode(config, images)
-    except (ConfigError, EncodeError, ValueError, OSError, ray.exceptions.RayError) as error:
+    except (ConfigError, EncodeError, ClusterError, ValueError, OSError, ray.exceptions.RayError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 1
     finally:
