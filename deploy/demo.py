@@ -133,7 +133,7 @@ def _judged(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def claims(outcome: Outcome, *, is_main: bool) -> list[Claim]:
-    """What the demo promises (README.md, results), checked on held-out prompts by the judges' numbers."""
+    """What the demo promises (deploy/runs/results/README.md), checked on held-out prompts by the judges' numbers."""
     wanted = outcome.config.control_words.positive
     base, aligned = outcome.evaluation["base"], outcome.evaluation["aligned"]
     share, frechet, subject = f"eval/style_share_{wanted}", f"eval/frechet_{wanted}", "eval/subject_top5"

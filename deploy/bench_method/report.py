@@ -1,4 +1,4 @@
-"""Out of finished runs: method.json, the tables between their markers in README and LOG, and the picture."""
+"""Out of finished runs: method.json, the tables between their markers in results/README and LOG, and the picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deploy.settings import ROOT
 from services.config.evaluation import StopRuleConfig
 
 _RESULTS = ROOT / "deploy" / "runs" / "results"
-_README, _LOG = ROOT / "README.md", ROOT / "deploy" / "runs" / "LOG.md"
+_TABLES, _LOG = _RESULTS / "README.md", ROOT / "deploy" / "runs" / "LOG.md"
 _LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed")
 _NUM_PICTURES, _LABEL_PX = 10, 250
 
@@ -42,7 +42,7 @@ def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], told: Mapping[
     }
     (_RESULTS / "method.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     table = table_of(methods)
-    for file in (_README, _LOG):
+    for file in (_TABLES, _LOG):
         between(file, "bench-method", table)
         for what, text in told.items():
             between(file, f"bench-method-{what}", text)

@@ -1,6 +1,6 @@
 """`make bench-reward`: the service against Flask and against the bare model, in interleaved rounds, about 17 minutes.
 
-    python -m deploy.bench_reward            writes deploy/runs/results/reward.json and the table in README.md
+    python -m deploy.bench_reward            writes deploy/runs/results/reward.json and the table beside it
     python -m deploy.bench_reward --quick    one short round of everything, writes nothing: does it work?
     python -m deploy.bench_reward --memory   only what 10,000 requests leave in memory, process by process
 
@@ -34,7 +34,7 @@ from deploy.bench_reward.servers import NUM_PROCESSES, baseline, service
 from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError
 from deploy.signals import end_as_interrupted
 
-README = ROOT / "README.md"
+TABLES = ROOT / "deploy" / "runs" / "results" / "README.md"
 RESULT = ROOT / "deploy" / "runs" / "results" / "reward.json"
 CALLERS = (1, 8, 32)
 PAIR_CALLERS = (8, 32)
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(result: dict[str, Any]) -> None:
-    """To the JSON file, and the table to the README."""
+    """Write the JSON file, and the table into the results' README."""
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     machine = result["machine"]
     how = (
@@ -186,8 +186,8 @@ def write(result: dict[str, Any]) -> None:
         f"{machine['cpus']} CPU cores shared with the callers, load average {machine['load_before']} before. "
         "p99 and CPU: the service, then Flask."
     )
-    report.write_between_markers(README, f"{how}\n\n{result['table']}")
-    print(f"written to {RESULT} and {README}")
+    report.write_between_markers(TABLES, f"{how}\n\n{result['table']}")
+    print(f"written to {RESULT} and {TABLES}")
 
 
 if __name__ == "__main__":

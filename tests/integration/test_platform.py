@@ -209,7 +209,7 @@ def test_the_address_that_is_given_counts_whatever_the_environment_names(
 
 
 def test_rays_own_command_trains(services: LocalServices, folder: Path) -> None:
-    """As README.md has it; such a job runs in the checkout."""
+    """As deploy/OPERATING.md has it; such a job runs in the checkout."""
     address, output_dir = services.settings.dashboard_url, folder / "plain_outputs"
     run = write_run(folder, "plain", "3D", "Flat", output_dir=str(output_dir), **at(services.settings))
     tree = yaml.safe_load(run.read_text(encoding="utf-8"))
