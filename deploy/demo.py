@@ -76,7 +76,7 @@ def demo(services: LocalServices, run_files: Sequence[Path], out_dir: Path) -> d
         outcomes = [train(services.settings, file) for file in run_files]
     finally:
         services.down(started)
-    summary = summarise(outcomes, services.seconds, time.monotonic() - began)
+    summary = summarize(outcomes, services.seconds, time.monotonic() - began)
     write(summary, outcomes, out_dir)
     return summary
 
@@ -111,7 +111,7 @@ def at_our_services(where: Settings, run_file: Path) -> Path:
     return copy
 
 
-def summarise(outcomes: Sequence[Outcome], seconds_up: dict[str, float], seconds_total: float) -> dict[str, Any]:
+def summarize(outcomes: Sequence[Outcome], seconds_up: dict[str, float], seconds_total: float) -> dict[str, Any]:
     """Every number of the table, seconds by phase, versions, the machine's cores."""
     seconds = {each.config.name: {"total": each.seconds, **each.evaluation["seconds"]} for each in outcomes}
     return {

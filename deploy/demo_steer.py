@@ -100,13 +100,13 @@ def draw(summary: dict[str, Any], grids: dict[int, PIL.Image.Image], path: Path)
         len(heights), 1, figsize=(9, sum(heights)), height_ratios=heights, layout="constrained", dpi=90
     )
     turn = summary["first_steered_step"]
-    for name, colour in zip(_SHARES, ("tab:orange", "tab:blue"), strict=True):
+    for name, color in zip(_SHARES, ("tab:orange", "tab:blue"), strict=True):
         curve = summary["curves"][name]
-        axes[0].plot(list(curve), list(curve.values()), marker="o", color=colour, label=name.rpartition("_")[2])
-    axes[0].axvline(turn - 1, color="grey", linestyle="--")
+        axes[0].plot(list(curve), list(curve.values()), marker="o", color=color, label=name.rpartition("_")[2])
+    axes[0].axvline(turn - 1, color="gray", linestyle="--")
     before, after = (" | ".join(summary["words"][when]) for when in ("before", "after"))
-    axes[0].text(turn - 2, 1.02, f"{before}  (version 0)", ha="right", color="grey")
-    axes[0].text(turn, 1.02, f"{after}  (version 1, from step {turn})", ha="left", color="grey")
+    axes[0].text(turn - 2, 1.02, f"{before}  (version 0)", ha="right", color="gray")
+    axes[0].text(turn, 1.02, f"{after}  (version 1, from step {turn})", ha="left", color="gray")
     axes[0].set(xlabel="steps taken", ylabel="share by the judge", ylim=(0, 1))
     axes[0].legend(loc="center left")
     for axis, (step, grid) in zip(axes[1:], grids.items(), strict=True):

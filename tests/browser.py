@@ -17,15 +17,15 @@ from playwright.sync_api import ConsoleMessage, Page, Request, expect
 expect.set_options(timeout=30_000)  # of a machine that has other things to do
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Of each element: its text's colour against the nearest ground behind it (WCAG 2.2, relative luminance).
+# Of each element: its text's color against the nearest ground behind it (WCAG 2.2, relative luminance).
 CONTRASTS = """elements => {
-    const numbers = colour => colour.match(/[0-9.]+/g).map(Number);
+    const numbers = color => color.match(/[0-9.]+/g).map(Number);
     const linear = value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
     const luminance = ([red, green, blue]) =>
         0.2126 * linear(red / 255) + 0.7152 * linear(green / 255) + 0.0722 * linear(blue / 255);
     const ground = element => {
-        const colour = numbers(getComputedStyle(element).backgroundColor);
-        return colour.length === 3 ? colour : ground(element.parentElement);
+        const color = numbers(getComputedStyle(element).backgroundColor);
+        return color.length === 3 ? color : ground(element.parentElement);
     };
     return elements.filter(element => element.checkVisibility()).map(element => {
         const [one, other] = [numbers(getComputedStyle(element).color), ground(element)].map(luminance);

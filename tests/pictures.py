@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def photo(height: int, width: int, contrast: float = 1.0) -> Image.Image:
-    """Around middle grey; with less contrast, no resizing kernel overshoots 0 or 255."""
+    """Around middle gray; with less contrast, no resizing kernel overshoots 0 or 255."""
     rows, columns = np.mgrid[0:height, 0:width]
     waves = [np.sin(rows / 3) * np.cos(columns / 5), rows / height, (columns // 7 + rows // 5) % 2]
     pixels = np.stack([(wave - wave.min()) / (np.ptp(wave) + 1e-9) for wave in waves], axis=-1)

@@ -84,7 +84,7 @@ class Run:
         self._base = self._measurer.measure(self._draw(), self._pictures.prompts)
 
     def train_until(self, cpu_s: float) -> None:
-        """Optimiser steps until this many CPU-seconds have gone into them. ValueError if a loss is not finite."""
+        """Optimizer steps until this many CPU-seconds have gone into them. ValueError if a loss is not finite."""
         while self.cpu_s < cpu_s:
             began, wall = time.process_time(), time.perf_counter()
             for materials in self._learner.roll_out(self.num_steps):

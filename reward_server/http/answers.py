@@ -17,9 +17,9 @@ class HeatMap(BaseModel):
     height_px: int
     width_px: int
     values: str = Field(
-        description="L2 norm over the colours of ∂ reward / ∂ pixel: base64 of float32, little endian, row by row"
+        description="L2 norm over the colors of ∂ reward / ∂ pixel: base64 of float32, little endian, row by row"
     )
-    signed: str = Field(description="sum over the colours, above 0 where brighter is better; coded as `values`")
+    signed: str = Field(description="sum over the colors, above 0 where brighter is better; coded as `values`")
 
 
 class Result(BaseModel):

@@ -47,8 +47,8 @@ class Hpsv3Reward:
         frozen(self._package.model)
         self._device = torch.device(args.device)
         self._tokenizer = self._package.processor.tokenizer
-        grey = torch.full((1, 3, 448, 448), 0.5)
-        num_other_tokens = self._prepare(grey, [""])["input_ids"].shape[1]  # instruction and image
+        gray = torch.full((1, 3, 448, 448), 0.5)
+        num_other_tokens = self._prepare(gray, [""])["input_ids"].shape[1]  # instruction and image
         self.max_text_tokens = int(self._package.model.config.max_position_embeddings) - num_other_tokens
 
     def score_pairs(self, images: Tensor, texts: Sequence[str]) -> Tensor:

@@ -39,7 +39,7 @@ class ImageRewardArgs(WeightsArgs):
 
 
 class ImageRewardReward:
-    """A Joint. The score is normalised by the authors' mean and standard deviation over their data."""
+    """A Joint. The score is normalized by the authors' mean and standard deviation over their data."""
 
     max_text_tokens = 35  # what the package cuts prompts to, start and end included
 
@@ -62,7 +62,7 @@ class ImageRewardReward:
         self._preprocess = ResizeAndCrop(
             {"shortest_edge": _SIZE_PX}, {"height": _SIZE_PX, "width": _SIZE_PX}, _MEAN, _STD
         )
-        # Trained so that P(i preferred to j) is the sigmoid of the difference before the normalisation.
+        # Trained so that P(i preferred to j) is the sigmoid of the difference before the normalization.
         self.logit_scale: float | None = float(model.std)
 
     def score_pairs(self, images: Tensor, texts: Sequence[str]) -> Tensor:

@@ -30,9 +30,9 @@ def resize(images: Tensor, height_px: int, width_px: int, mode: str = "bicubic")
 
 
 def fit_and_pad(images: Tensor, size_px: int) -> Tensor:
-    """hpsv2's own geometry: the longest side becomes size_px (bicubic), the rest is filled with black, centred.
+    """hpsv2's own geometry: the longest side becomes size_px (bicubic), the rest is filled with black, centered.
 
-    The fill comes before the normalisation, so it is black to the model. (hpsv2 leaves an image whose longest side
+    The fill comes before the normalization, so it is black to the model. (hpsv2 leaves an image whose longest side
     already fits unpadded, and then fails on it if it is not square; it is padded here.)
     """
     height, width = images.shape[-2:]
@@ -44,7 +44,7 @@ def fit_and_pad(images: Tensor, size_px: int) -> Tensor:
 
 
 class ResizeAndCrop:
-    """Resize, centre crop, normalise, as transformers' image processors and torchvision's transforms do it.
+    """Resize, center crop, normalize, as transformers' image processors and torchvision's transforms do it.
 
     `size`: {"height", "width"} or {"shortest_edge"}. `crop`: {"height", "width"} of at most that, or empty.
     `round_start`: where a crop starts that leaves an odd number of pixels; transformers rounds down, torchvision to
@@ -80,7 +80,7 @@ class ResizeAndCrop:
         return cls(size, crop, processor.image_mean, processor.image_std, mode=mode, round_start=math.floor)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(batch, 3, height, width) in [0, 1], or bytes on the CPU -> (batch, 3, height_px, width_px), normalised.
+        """(batch, 3, height, width) in [0, 1], or bytes on the CPU -> (batch, 3, height_px, width_px), normalized.
 
         Bytes are resized as bytes, as the published code does it: a tenth of the time of floats, and no gradient.
         """

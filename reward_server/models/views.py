@@ -64,5 +64,5 @@ def native_crops(images: Tensor, num_crops: int, crop_px: tuple[int, int]) -> li
 
 
 def _starts(free_px: int, count: int) -> list[int]:
-    """Where `count` windows start that leave free_px: the first at 0, the last at free_px; a single one is centred."""
+    """Where `count` windows start that leave free_px: the first at 0, the last at free_px; a single one is centered."""
     return [round(free_px * index / (count - 1)) for index in range(count)] if count > 1 else [free_px // 2]

@@ -1,11 +1,11 @@
-// An image gradient as colours: strength in one ramp, or lighter and darker in two, transparent where nothing matters.
+// An image gradient as colors: strength in one ramp, or lighter and darker in two, transparent where nothing matters.
 
-const CLIP = 0.995; // share of pixels below full colour: a few outliers would otherwise hide all others
+const CLIP = 0.995; // share of pixels below full color: a few outliers would otherwise hide all others
 const STRENGTH = [[176, 16, 92], [222, 48, 58], [250, 134, 36], [255, 226, 110]]; // weak to strong
 const LIGHTER = [240, 106, 20];
 const DARKER = [38, 102, 232];
 const ROWS = ["upper", "middle", "lower"];
-const COLUMNS = ["left", "centre", "right"];
+const COLUMNS = ["left", "center", "right"];
 
 /** Float32Array of the little-endian numbers in a base64 text. */
 export function decode(base64) {
@@ -15,7 +15,7 @@ export function decode(base64) {
   return new Float32Array(bytes.buffer); // every machine with a browser of today is little-endian
 }
 
-/** Draws values (height_px × width_px, row by row) at their own size; returns the magnitude drawn in full colour. */
+/** Draws values (height_px × width_px, row by row) at their own size; returns the magnitude drawn in full color. */
 export function draw(canvas, values, { width_px, height_px }, isSigned) {
   Object.assign(canvas, { width: width_px, height: height_px });
   const context = canvas.getContext("2d");
@@ -50,10 +50,10 @@ function fullScale(values) {
   return sorted[Math.floor(CLIP * last)] || sorted[last] || 1;
 }
 
-/** Colour and opacity of 256 strengths: what is weak lets the picture through. */
-function table(colourOf) {
+/** Color and opacity of 256 strengths: what is weak lets the picture through. */
+function table(colorOf) {
   const strengths = Array.from({ length: 256 }, (_, level) => level / 255);
-  return strengths.map((strength) => [...colourOf(strength), 255 * strength]);
+  return strengths.map((strength) => [...colorOf(strength), 255 * strength]);
 }
 
 function ramp(strength) {

@@ -7,7 +7,7 @@ const at = (id) => document.getElementById(id);
 const MODES = {
   magnitude: {
     ends: ["none", "strong"],
-    help: "Colour is strongest where a small change of the picture moves the reward most",
+    help: "Color is strongest where a small change of the picture moves the reward most",
   },
   signed: { ends: ["darker", "lighter"], help: "Orange: lighter pixels raise the reward there. Blue: darker ones do" },
   off: { ends: ["", ""], help: "Off, and the service is not asked for it" },
@@ -43,13 +43,13 @@ export function showOpacity() {
   at("opacity-value").textContent = text;
   at("opacity").setAttribute("aria-valuetext", text);
   at("heat").style.opacity = share;
-  at("picture").style.filter = at("heat").hidden ? "" : `grayscale(${Math.min(2 * share, 1)})`; // all colour is the map's
+  at("picture").style.filter = at("heat").hidden ? "" : `grayscale(${Math.min(2 * share, 1)})`; // all color is the map's
 }
 
 function drawMap(values, kind, help) {
   const place = strongestPlace(map.magnitude, map);
   const full = draw(at("heat"), values, map, kind === "signed");
   at("heat").setAttribute("aria-label", `Heat map of the reward's gradient: most of it in the ${place} of the picture`);
-  const scale = `Full colour: ${brief(full)} of reward per unit of light`;
+  const scale = `Full color: ${brief(full)} of reward per unit of light`;
   at("map-help").textContent = `${help}. Most of it is in the ${place}. ${scale}.`;
 }

@@ -89,7 +89,7 @@ def test_a_gradient_reaches_the_pixels_that_the_model_sees(reward: Joint) -> Non
     assert images.grad is not None
     seen = images.grad[..., 13:237]
     assert (seen != 0).float().mean() > 0.99
-    assert images.grad.count_nonzero() == seen.count_nonzero()  # the centre crop leaves the rest out
+    assert images.grad.count_nonzero() == seen.count_nonzero()  # the center crop leaves the rest out
 
 
 def test_a_text_that_is_too_long_is_named_not_cut(reward: Joint) -> None:

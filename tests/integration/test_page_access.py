@@ -64,9 +64,9 @@ def test_everything_can_be_done_by_keyboard(visit: Open, url: str, face: Path) -
     expect(page.get_by_role("button", name="Bring back try 3")).to_be_focused()
 
 
-@pytest.mark.parametrize("colour_scheme", ["light", "dark"])
-def test_every_text_stands_out_from_its_ground(visit: Open, url: str, face: Path, colour_scheme: str) -> None:
-    here = visit(url, color_scheme=colour_scheme, reduced_motion="reduce")
+@pytest.mark.parametrize("color_scheme", ["light", "dark"])
+def test_every_text_stands_out_from_its_ground(visit: Open, url: str, face: Path, color_scheme: str) -> None:
+    here = visit(url, color_scheme=color_scheme, reduced_motion="reduce")
     here.choose(face)
     here.fill()
     here.wait_for_tries(1)

@@ -144,7 +144,7 @@ def _read_names(folder: Path) -> list[dict[str, Any]]:
 
 
 def _draw(job: tuple[str, bytes]) -> np.ndarray:
-    """Picture file -> (64, 64, 3) uint8: cropped to what is painted, centred, on white."""
+    """Picture file -> (64, 64, 3) uint8: cropped to what is painted, centered, on white."""
     ending, data = job
     if ending == ".svg":
         import resvg_py  # on use: only this stage needs it
@@ -156,7 +156,7 @@ def _draw(job: tuple[str, bytes]) -> np.ndarray:
     inner = SIZE_PX - 2 * MARGIN_PX
     scale = inner / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # premultiplied alpha: otherwise the hidden colour of transparent pixels bleeds into the outline
+    # premultiplied alpha: otherwise the hidden color of transparent pixels bleeds into the outline
     picture = picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
     canvas = Image.new("RGBA", (SIZE_PX, SIZE_PX), "white")
     canvas.alpha_composite(picture, ((SIZE_PX - size[0]) // 2, (SIZE_PX - size[1]) // 2))

@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from deploy.tiny.recipe.data import SIZE_PX, STYLES, Emoji, to_float
 from deploy.tiny.recipe.tokenizers import clip_tokenizer
-from deploy.tiny.recipe.views import RECOLOUR, sample_views
+from deploy.tiny.recipe.views import RECOLOR, sample_views
 
 NUM_STEPS, NUM_SUBJECTS, LEARNING_RATE, EMA_DECAY, MAX_LENGTH = 5500, 32, 1.5e-3, 0.998, 24
 PLAIN_SHARE = 0.1  # batches of one picture a subject, captions without style words
@@ -114,7 +114,7 @@ def _batch(emoji: Emoji, views: Tensor, training: Tensor, rng: random.Random) ->
             f"{STYLES[style]}. {emoji.caption(subject, rng)}"
             for style, subject in zip(styles.tolist(), subjects.tolist(), strict=True)
         ]
-    return sample_views(views, subjects, styles, VIEW_SHARES, RECOLOUR), captions
+    return sample_views(views, subjects, styles, VIEW_SHARES, RECOLOR), captions
 
 
 def _style_pair() -> Tensor:

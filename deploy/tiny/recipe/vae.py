@@ -27,7 +27,7 @@ CONFIG = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-AUGMENT = v2.Compose(  # other colours and places, never another style: edges and shading stay as drawn
+AUGMENT = v2.Compose(  # other colors and places, never another style: edges and shading stay as drawn
     [
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(brightness=0.2, saturation=0.3, hue=0.5)], p=0.5),

@@ -28,16 +28,16 @@ JITTER = v2.Compose(  # style must not hang on tint, brightness, place or sharpn
 )
 
 
-def cast_colour(picture: Tensor) -> Tensor:
-    """A uint8 picture as if under a lamp of some colour: each channel darkened by up to a quarter, white as well."""
+def cast_color(picture: Tensor) -> Tensor:
+    """A uint8 picture as if under a lamp of some color: each channel darkened by up to a quarter, white as well."""
     gain = 1 - 0.25 * torch.rand(3, 1, 1)
     return (picture * gain).to(torch.uint8)
 
 
-RECOLOUR = v2.Compose(  # before JITTER, for a net whose gradient is climbed: a tint must not pass for a style
+RECOLOR = v2.Compose(  # before JITTER, for a net whose gradient is climbed: a tint must not pass for a style
     [
         v2.RandomApply([v2.ColorJitter(hue=0.5)], p=0.5),
-        v2.RandomApply([v2.Lambda(cast_colour)], p=0.4),
+        v2.RandomApply([v2.Lambda(cast_color)], p=0.4),
         JITTER,
     ]
 )

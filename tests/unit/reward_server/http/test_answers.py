@@ -49,7 +49,7 @@ def decoded(values: str) -> Float32:
     return np.frombuffer(base64.b64decode(values), "<f4").reshape(4, 5)
 
 
-def test_a_heat_map_is_norm_and_sum_over_the_colours() -> None:
+def test_a_heat_map_is_norm_and_sum_over_the_colors() -> None:
     gradient = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
     shown = heat_map(gradient)
     assert (shown.height_px, shown.width_px) == (4, 5)

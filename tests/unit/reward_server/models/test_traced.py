@@ -21,7 +21,7 @@ def model() -> nn.Module:
 def test_it_gives_the_models_numbers_for_any_batch(model: nn.Module, num_images: int) -> None:
     images, recorded = torch.rand(num_images, *SHAPE), traced(model, model, SHAPE)
     with torch.inference_mode():
-        for _ in range(3):  # torch optimises a recording while it runs
+        for _ in range(3):  # torch optimizes a recording while it runs
             assert torch.equal(recorded(images), model(images))
 
 
