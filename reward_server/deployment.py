@@ -1,7 +1,7 @@
-"""The reward service on Ray Serve: one deployment with the HTTP app, and one for each reward that is to live apart.
+"""Run the reward service on Ray Serve: one deployment with the HTTP app, and one for each reward with `placement: own`.
 
-A request for a reward with `placement: ingress` crosses a single hop, proxy to replica; for one with `placement: own`
-a second, by handle. `build` is the import path of deploy/serve.yaml, whose `args` are ServiceArgs.
+A request for a reward with `placement: ingress` crosses one hop, from proxy to replica; with `placement: own` it
+crosses a second, by handle. `build` is the import path of deploy/serve.yaml, whose `args` are ServiceArgs.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from reward_server.http.limits import Limits
 from reward_server.metrics import METRICS, Metric
 from reward_server.models import AnyArgs, RewardArgs
 from reward_server.scoring.batching import Overloaded
-from reward_server.scoring.catalog import RewardInfo
 from reward_server.scoring.combine import score_all
+from reward_server.scoring.reward_info import RewardInfo
 from reward_server.scoring.scorer import Job
 from reward_server.scoring.worker import Worker, WorkerArgs
 from services.contract import REQUEST_ID_HEADER, ContractError, RewardRequest, RewardResponse
 
-Outcome = RewardResponse | ContractError | Overloaded  # as a value: Serve would wrap what is raised
+Outcome = RewardResponse | ContractError | Overloaded  # returned, not raised: Serve would wrap an exception
 
 # Scoring changes nothing, so a caller may try again after any of these; the service's client does.
 _PASSING = (RayActorError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError)
-# Defaults of both deployments, which deploy/serve.yaml may change. Ongoing: as many callers as may share a batch.
+# Defaults of both deployments, which deploy/serve.yaml may change. Up to max_ongoing_requests callers share a batch.
 _OPTIONS: dict[str, Any] = {"max_ongoing_requests": 128, "graceful_shutdown_timeout_s": 130}
 
 
 class ServiceArgs(WorkerArgs):
-    """`args` in deploy/serve.yaml; an unknown key is an error. The worker's keys hold for every process with models."""
+    """`args` in deploy/serve.yaml; an unknown key is an error. The inherited keys hold for each process with models."""
 
     rewards: Annotated[dict[str, RewardArgs], Field(min_length=1)]  # the name that requests use -> what to load
     limits: Limits = Limits()
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The Serve application. Raises pydantic's ValidationError naming the key that is unknown or wrong."""
+    """Return the Serve application. Raise pydantic's ValidationError naming the key that is unknown or wrong."""
     checked = ServiceArgs.model_validate(args)
     own = {
         name: OwnReward.options(name=name).bind(name, reward, checked)  # type: ignore[attr-defined]  # serve.deployment
@@ -68,7 +68,7 @@ class OwnReward:
         self._worker = Worker({name: reward}, args, _RayRecord())
 
     async def score(self, request: RewardRequest, request_id: str) -> tuple[Outcome, RewardInfo]:
-        """What became of the request under this reward, and what is known of the reward now that it is loaded."""
+        """Return the outcome of the request under this reward, and the description of the loaded reward."""
         outcome: Outcome
         try:
             outcome = await self._worker.score(Job(request, self._name, request_id))
@@ -83,8 +83,8 @@ class RewardService:
     """The HTTP app with the rewards placed beside it; `__serve_build_asgi_app__` is Serve's late-bound hook."""
 
     def __init__(self, args: ServiceArgs, own: Mapping[str, DeploymentHandle]) -> None:
-        # Ray's file for this process. sys.stderr is Serve's here: it would look for the caller of each line in a whole
-        # stack, put the line into one of its own format, and hold back a thousand of them.
+        # sys.__stderr__ is Ray's file for this process. sys.stderr is Serve's here: it would search a stack for the
+        # caller of each line, wrap the line in its own format, and buffer a thousand of them.
         log_as_json(sys.__stderr__ or sys.stderr)
         self._keys = read_keys(os.environ)
         check_binding(_http_host(), self._keys)
@@ -100,7 +100,7 @@ class RewardService:
         return _OneRequestId(build_app(self.score, self._infos, self._args.limits, self._keys, self._record))
 
     async def score(self, request: RewardRequest, request_id: str) -> RewardResponse:
-        """All the request's rewards at once. Raises ContractError and Overloaded."""
+        """Score all the request's rewards at once and combine them. Raise ContractError or Overloaded."""
         return await score_all(request, lambda reward: self._score_alone(request, reward, request_id))
 
     async def _score_alone(self, request: RewardRequest, reward: str, request_id: str) -> RewardResponse:
@@ -116,7 +116,7 @@ class RewardService:
 
 
 class _OneRequestId:
-    """Leaves the header x-request-id to Serve, which adds it to every answer, to those of the app a second time."""
+    """Removes the header x-request-id, which Serve adds to every answer, so that it is not there twice."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
@@ -131,21 +131,21 @@ class _OneRequestId:
 
 
 def _http_host() -> str:
-    """Where the proxies and, behind HAProxy, the replicas listen."""
+    """Return the address on which the proxies and, behind HAProxy, the replicas listen."""
     return serve.context._get_global_client().http_config.host or "0.0.0.0"
 
 
 class _RayRecord:
-    """Ray's Prometheus export as a metrics.Record; Serve adds application, deployment and replica."""
+    """Records metrics in Ray's Prometheus export (a metrics.Record); Serve adds application, deployment and replica."""
 
     def __init__(self) -> None:
-        self._tell = {metric.name: _teller(metric) for metric in METRICS}
+        self._record = {metric.name: _recorder(metric) for metric in METRICS}
 
     def __call__(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
-        self._tell[metric.name](value, labels)
+        self._record[metric.name](value, labels)
 
 
-def _teller(metric: Metric) -> Callable[[float, Mapping[str, str]], None]:
+def _recorder(metric: Metric) -> Callable[[float, Mapping[str, str]], None]:
     match metric.kind:
         case "counter":
             return Counter(metric.name, metric.description, tag_keys=metric.labels).inc

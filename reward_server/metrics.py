@@ -1,6 +1,6 @@
-"""What the reward service counts and times, by name, and the one function through which it is told.
+"""Name all that the reward service counts and times, and the function type that records it.
 
-Whoever serves hands in a `Record` (deployment.py: Ray's Prometheus export); app, guard and scorer know only this file.
+deployment.py passes a `Record` (Ray's Prometheus export); app, middleware and scorer know only this file.
 
     with phase(record, "decode"):
         request = RewardRequest.from_bytes(body)
@@ -20,7 +20,7 @@ Record = Callable[["Metric", float, Mapping[str, str]], None]  # metric, value, 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """counter: the value is added; histogram: observed; gauge: replaces the last one."""
+    """One metric. A value is added to a counter, observed by a histogram, and replaces the last one of a gauge."""
 
     name: str
     kind: Literal["counter", "histogram", "gauge"]
@@ -37,13 +37,15 @@ BATCH_IMAGES = Metric("srpo_reward_batch_images", "histogram", "images in one fo
 PHASE_SECONDS = Metric(
     "srpo_reward_phase_seconds",
     "histogram",
-    "decode, resize and encode of a request, its wait for the model, forward and backward of a batch",
+    "seconds to decode, resize and encode a request, to wait for the model, of a batch's forward and backward",
     ("phase",),
     _SECONDS,
 )
-TEXT_CACHE_HITS = Metric("srpo_reward_text_cache_hits", "counter", "texts whose embedding was at hand", ("reward",))
+TEXT_CACHE_HITS = Metric(
+    "srpo_reward_text_cache_hits", "counter", "texts whose embedding was in the cache", ("reward",)
+)
 TEXT_CACHE_MISSES = Metric("srpo_reward_text_cache_misses", "counter", "texts that had to be embedded", ("reward",))
-REJECTS = Metric("srpo_reward_rejects", "counter", "requests answered with an error, by what was wrong", ("reason",))
+REJECTS = Metric("srpo_reward_rejects", "counter", "requests answered with an error, by reason", ("reason",))
 QUEUED_IMAGES = Metric("srpo_reward_queued_images", "gauge", "images that wait for the model")
 METRICS = (IMAGES, BATCH_IMAGES, PHASE_SECONDS, TEXT_CACHE_HITS, TEXT_CACHE_MISSES, REJECTS, QUEUED_IMAGES)
 
@@ -51,12 +53,12 @@ Phase = Literal["decode", "resize", "wait", "forward", "backward", "encode"]
 
 
 def ignore(metric: Metric, value: float, labels: Mapping[str, str]) -> None:
-    """A Record for those who do not measure."""
+    """Record nothing."""
 
 
 @contextmanager
 def phase(record: Record, name: Phase) -> Iterator[None]:
-    """Time a block that ends well; what fails is counted as a reject, not timed."""
+    """Time a block. One that raises is not timed: it is counted as a reject."""
     start = time.perf_counter()
     yield
     record(PHASE_SECONDS, time.perf_counter() - start, {"phase": name})

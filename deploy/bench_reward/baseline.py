@@ -29,8 +29,8 @@ def make_app(models: str) -> Flask:
 
     @app.post("/<name>")
     def similarities(name: str) -> bytes:
-        asked = pickle.loads(request.get_data())
-        return pickle.dumps(loaded[name].similarities(asked["images"], asked["texts"]))
+        fields = pickle.loads(request.get_data())
+        return pickle.dumps(loaded[name].similarities(fields["images"], fields["texts"]))
 
     return app
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from deploy.bench_reward.questions import Question
+from deploy.bench_reward.requests import HttpRequest
 
 _TIMEOUT_S = 120.0
 
@@ -26,31 +26,31 @@ class Seen:
     seconds: tuple[float, ...]
 
 
-def drive(url: str, questions: Sequence[Question], num_callers: int) -> Seen:
-    """Ask each question once, num_callers at a time, and wait for all answers. Raises BenchError."""
-    remaining = iter(questions)  # shared: taking the next one is atomic
+def drive(url: str, requests: Sequence[HttpRequest], num_callers: int) -> Seen:
+    """Send each request once, num_callers at a time, and wait for all answers. Raises BenchError."""
+    remaining = iter(requests)  # shared: taking the next one is atomic
     start = time.perf_counter()
     with ThreadPoolExecutor(num_callers) as callers:
-        waits = [callers.submit(_ask_in_turn, url, remaining) for _ in range(num_callers)]
+        waits = [callers.submit(_send_in_turn, url, remaining) for _ in range(num_callers)]
         seconds = [each for wait in waits for each in wait.result()]
     return Seen(len(seconds) / (time.perf_counter() - start), tuple(seconds))
 
 
-def ask(url: str, question: Question) -> bytes:
+def send(url: str, request: HttpRequest) -> bytes:
     """One answer. Raises BenchError."""
     connection = _connect(url)
     try:
-        return _ask(connection, question)
+        return _post(connection, request)
     finally:
         connection.close()
 
 
-def _ask_in_turn(url: str, remaining: Iterator[Question]) -> list[float]:
+def _send_in_turn(url: str, remaining: Iterator[HttpRequest]) -> list[float]:
     connection, seconds = _connect(url), []
     try:
-        for question in remaining:
+        for request in remaining:
             start = time.perf_counter()
-            _ask(connection, question)
+            _post(connection, request)
             seconds.append(time.perf_counter() - start)
     finally:
         connection.close()
@@ -63,14 +63,14 @@ def _connect(url: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(address.hostname, address.port, timeout=_TIMEOUT_S)
 
 
-def _ask(connection: http.client.HTTPConnection, question: Question) -> bytes:
+def _post(connection: http.client.HTTPConnection, request: HttpRequest) -> bytes:
     """On the same connection as before, unless the server has closed it."""
     try:
-        connection.request("POST", question.path, question.body, question.headers)
+        connection.request("POST", request.path, request.body, request.headers)
         answer = connection.getresponse()
         content = answer.read()
     except (OSError, http.client.HTTPException) as error:
-        raise BenchError(f"no answer to POST {question.path}: {error!r}") from error
+        raise BenchError(f"no answer to POST {request.path}: {error!r}") from error
     if answer.status != http.client.OK:
-        raise BenchError(f"POST {question.path} answered {answer.status}: {content[:300]!r}")
+        raise BenchError(f"POST {request.path} answered {answer.status}: {content[:300]!r}")
     return content

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from deploy.bench_reward.bare import BareModel
-from deploy.bench_reward.load import BenchError, Seen, ask, drive
+from deploy.bench_reward.load import BenchError, Seen, drive, send
 from deploy.bench_reward.models import Served
-from deploy.bench_reward.questions import (
+from deploy.bench_reward.requests import (
     PREFERENCE_SCALE,
-    Question,
+    HttpRequest,
     binary,
     jpegs,
     pairs,
@@ -35,7 +35,7 @@ class Side:
     """One side of a comparison, over all rounds."""
 
     per_s: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)  # for each question
+    cpu_s: list[float] = field(default_factory=list)  # for each request
     seconds: list[float] = field(default_factory=list)  # of every request
 
     def add(self, seen: Seen, cpu_s: float) -> None:
@@ -46,7 +46,7 @@ class Side:
 
 @dataclass(slots=True)
 class Comparison:
-    """`ours` against `theirs`, what is asked in words."""
+    """`ours` against `theirs`, `what` in words."""
 
     what: str
     ours: Side = field(default_factory=Side)
@@ -71,69 +71,73 @@ class Bench:
     def check_same_answers(self) -> None:
         """Both do the same work. Raises BenchError."""
         for picture, pair in zip(self.pictures, self.pairs, strict=False):
-            ours = json.loads(ask(self.service.url, to_service(self.model.name, picture, pair)))["results"][0]["reward"]
-            ((positive, negative),) = pickle.loads(ask(self.baseline.url, self._pair_to_baseline(picture, pair)))
+            ours = json.loads(send(self.service.url, to_service(self.model.name, picture, pair)))["results"][0][
+                "reward"
+            ]
+            ((positive, negative),) = pickle.loads(send(self.baseline.url, self._pair_to_baseline(picture, pair)))
             theirs = (1 + PREFERENCE_SCALE) * positive - negative
             if abs(ours - theirs) > _TOLERANCE:
                 raise BenchError(f"{self.model.name}: the service answers {ours}, the baseline {theirs}")
 
     def fill_text_caches(self) -> None:
         """Every replica has its own and sees only its share of the requests: all texts, several times."""
-        asked = zip(itertools.cycle(self.pictures), self.pairs * _CACHE_PASSES, strict=False)
-        drive(self.service.url, [to_service(self.model.name, *each) for each in asked], _CALLERS)
+        inputs = zip(itertools.cycle(self.pictures), self.pairs * _CACHE_PASSES, strict=False)
+        drive(self.service.url, [to_service(self.model.name, *each) for each in inputs], _CALLERS)
 
     def single(self, num_callers: int, into: Comparison) -> str:
         """One picture under one pair, one forward."""
         num = self.model.num_single[num_callers]
-        asked = list(itertools.islice(zip(itertools.cycle(self.pictures), itertools.cycle(self.pairs)), num))
-        ours = [to_service(self.model.name, *each) for each in asked]
-        theirs = [self._pair_to_baseline(*each) for each in asked]
+        inputs = list(itertools.islice(zip(itertools.cycle(self.pictures), itertools.cycle(self.pairs)), num))
+        ours = [to_service(self.model.name, *each) for each in inputs]
+        theirs = [self._pair_to_baseline(*each) for each in inputs]
         return self._both(into, ours, theirs, num_callers)
 
     def unseen_texts(self, into: Comparison) -> str:
         """As `single`, but no text comes twice."""
-        asked = list(zip(itertools.cycle(self.pictures), itertools.islice(self.unseen, self.model.num_unseen)))
-        ours = [to_service(self.model.name, *each) for each in asked]
-        theirs = [self._pair_to_baseline(*each) for each in asked]
+        inputs = list(zip(itertools.cycle(self.pictures), itertools.islice(self.unseen, self.model.num_unseen)))
+        ours = [to_service(self.model.name, *each) for each in inputs]
+        theirs = [self._pair_to_baseline(*each) for each in inputs]
         return self._both(into, ours, theirs, _CALLERS)
 
     def pair_cost(self, num_callers: int, into: Comparison) -> str:
-        """An SRPO pair: asked once here; there the picture is sent and encoded for each of the two texts."""
+        """Compare an SRPO pair: one request here; there the picture is sent and encoded for each of the two texts."""
         num = self.model.num_single[num_callers]
-        asked = list(itertools.islice(zip(itertools.cycle(self.pictures), itertools.cycle(self.pairs)), num))
-        ours = [to_service(self.model.name, *each) for each in asked]
+        inputs = list(itertools.islice(zip(itertools.cycle(self.pictures), itertools.cycle(self.pairs)), num))
+        ours = [to_service(self.model.name, *each) for each in inputs]
         theirs = [
             to_baseline(self.model.name, picture, [text])
-            for picture, pair in asked
+            for picture, pair in inputs
             for text in (pair.positive_text, pair.negative_text)
         ]
         text = self._both(into, ours, theirs, num_callers)
-        into.theirs.cpu_s[-1] *= 2  # two questions make a pair
+        into.theirs.cpu_s[-1] *= 2  # two requests make a pair
         into.theirs.per_s[-1] /= 2
         return text
 
     def batches(self, with_gradient: bool, into: Comparison) -> str:
         """The binary route against the bare model, in images per second."""
         num = self.model.num_binary[with_gradient]
-        question = binary(self.model.name, self.pairs[:BATCH], self.model.size_px, with_gradient)
+        request = binary(self.model.name, self.pairs[:BATCH], self.model.size_px, with_gradient)
         cpu_s = self.service.cpu_seconds()
-        seen = drive(self.service.url, [question] * num, BATCH_CALLERS)
+        seen = drive(self.service.url, [request] * num, BATCH_CALLERS)
         into.ours.add(seen, self.service.cpu_seconds() - cpu_s)
         into.ours.per_s[-1] *= BATCH
         into.theirs.per_s.append(self.bare.images_per_s(BATCH, max(num // 2, 1), with_gradient))
         return _line(into)
 
-    def _both(self, into: Comparison, ours: Sequence[Question], theirs: Sequence[Question], num_callers: int) -> str:
-        for side, server, questions in (
+    def _both(
+        self, into: Comparison, ours: Sequence[HttpRequest], theirs: Sequence[HttpRequest], num_callers: int
+    ) -> str:
+        for side, server, requests in (
             (into.theirs, self.baseline, theirs),
             (into.ours, self.service, ours),
         ):
             cpu_s = server.cpu_seconds()
-            seen = drive(server.url, questions, num_callers)
+            seen = drive(server.url, requests, num_callers)
             side.add(seen, server.cpu_seconds() - cpu_s)
         return _line(into)
 
-    def _pair_to_baseline(self, picture: bytes, pair: PromptPair) -> Question:
+    def _pair_to_baseline(self, picture: bytes, pair: PromptPair) -> HttpRequest:
         return to_baseline(self.model.name, picture, [pair.positive_text, pair.negative_text])
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from deploy.bench_reward.load import drive
 from deploy.bench_reward.models import Served
-from deploy.bench_reward.questions import Question, binary, jpegs, pairs, to_service, unseen_pairs
+from deploy.bench_reward.requests import HttpRequest, binary, jpegs, pairs, to_service, unseen_pairs
 from deploy.bench_reward.servers import Memory, Server
 
 _CALLERS = 8
@@ -53,27 +53,27 @@ class Growth:
 
 
 def memory_growth(service: Server, model: Served, num_warm_up: int, num_requests: int) -> Growth:
-    """Of `mixed_questions` at 8 callers; the warm-up fills the text cache and the store of answers."""
-    questions = mixed_questions(model)
-    _ask(service, questions, num_warm_up)
+    """Of `mixed_requests` at 8 callers; the warm-up fills the text cache and the store of answers."""
+    requests = mixed_requests(model)
+    _send(service, requests, num_warm_up)
     before = service.memory()
-    _ask(service, questions, num_requests)
+    _send(service, requests, num_requests)
     return Growth(num_requests, before, service.memory())
 
 
-def _ask(service: Server, questions: Iterator[Question], num: int) -> None:
+def _send(service: Server, requests: Iterator[HttpRequest], num: int) -> None:
     for done in range(0, num, _CHUNK):
-        drive(service.url, list(itertools.islice(questions, min(_CHUNK, num - done))), _CALLERS)
+        drive(service.url, list(itertools.islice(requests, min(_CHUNK, num - done))), _CALLERS)
 
 
-def mixed_questions(model: Served) -> Iterator[Question]:
+def mixed_requests(model: Served) -> Iterator[HttpRequest]:
     """Without end: of four, three for people, one of them with texts that are new, and one for its gradient."""
     pictures, lines = itertools.cycle(jpegs()), model.num_prompt_lines
     known, unseen = itertools.cycle(pairs(lines)), unseen_pairs(lines)
     for number in itertools.count():
         pair = next(known if number % 4 else unseen)
         if number % 4 == 1:
-            question = binary(model.name, [pair], model.size_px, with_gradient=True)
+            request = binary(model.name, [pair], model.size_px, with_gradient=True)
         else:
-            question = to_service(model.name, next(pictures), pair)
-        yield replace(question, idempotency_key=uuid.uuid4().hex)
+            request = to_service(model.name, next(pictures), pair)
+        yield replace(request, idempotency_key=uuid.uuid4().hex)

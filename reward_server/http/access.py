@@ -1,12 +1,12 @@
-"""Who may come in and how fast: API keys, a rate for each, and a time for every body. Pure ASGI; nothing is read early.
+"""Check API keys, limit the rate of each caller and the time of each body, as ASGI middleware that reads nothing early.
 
-    check_binding("127.0.0.1", keys := read_keys(os.environ))   # raises GuardError before anything listens
+    check_binding("127.0.0.1", keys := read_keys(os.environ))   # raises AccessError before anything listens
     app.add_middleware(SlowBodies, body_timeout_s=60.0, chunk_timeout_s=10.0)
     app.add_middleware(RateLimit, requests_per_s=50.0, burst=100)
     app.add_middleware(RequireKey, keys=keys)                    # added last, asked first
 
-All that a key opens lies under /v1; the page, its files, /docs, /healthz and /readyz are for everybody. Not here: the
-size of a body (app.py counts while it reads) and TLS (whatever stands in front of the service).
+Only routes under /v1 need a key; the page, its files, /docs, /healthz and /readyz are open. app.py checks the size of a
+body while it reads. TLS is the task of whatever stands in front of the service.
 """
 
 from __future__ import annotations
@@ -27,47 +27,47 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 KEYS_VARIABLE = "SRPO_API_KEYS"  # comma separated; an old and a new one together while callers change over
 _API_SEGMENT = "v1"
-_ROUNDING = 1e-9  # of a token: whoever waits exactly as long as was said is let in
+_ROUNDING = 1e-9  # of a token: a caller who waits exactly as long as the answer said is let in
 
 
-class GuardError(ValueError):
-    """The service may not start like this; the text names the variable or the address, and never a key."""
+class AccessError(ValueError):
+    """The service must not start with these settings; the text names the variable or the address, and never a key."""
 
 
 def read_keys(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The keys in SRPO_API_KEYS, none where it is not set. Raises GuardError for one that no header can carry."""
+    """Return the keys in SRPO_API_KEYS, () if it is not set. Raise AccessError for one that no header can carry."""
     text = environ.get(KEYS_VARIABLE, "")
     if not text.strip():
         return ()
     keys = tuple(key.strip() for key in text.split(","))
     for place, key in enumerate(keys, start=1):
         if not key or not all("!" <= letter <= "~" for letter in key):
-            raise GuardError(
+            raise AccessError(
                 f"{KEYS_VARIABLE}: key {place} of {len(keys)} is empty or has a character that is not visible ASCII"
             )
     return keys
 
 
 def check_binding(host: str, keys: Collection[str]) -> None:
-    """Raise GuardError where others than this machine could reach `host` and no key is set.
+    """Raise AccessError if other machines could reach `host` and no key is set.
 
-    To be called with the address of every listener before it listens (deployment.py, deploy/local.py): Serve's
+    Call it with the address of every listener before it listens (deployment.py, deploy/local.py): Serve's
     `http_options.host`, and 0.0.0.0 where HAProxy mode binds replicas to all interfaces.
     """
     if not keys and not _is_loopback(host):
-        raise GuardError(
+        raise AccessError(
             f"refusing to listen on {host or 'all interfaces'} without API keys: anybody who reaches it could use the "
             f"service. Set {KEYS_VARIABLE}, or bind 127.0.0.1"
         )
 
 
 def key_fingerprint(key: str) -> str:
-    """What may be written down of a key: the first 8 hexadecimal digits of its SHA-256."""
+    """Return what logs may show of a key: the first 8 hexadecimal digits of its SHA-256."""
     return hashlib.sha256(key.encode()).hexdigest()[:8]
 
 
 class RequireKey:
-    """Answers 401 to what comes to /v1 without one of the keys. No keys, no check: check_binding sees to loopback."""
+    """Answers 401 to a request under /v1 without one of the keys; checks nothing if there are no keys."""
 
     def __init__(self, app: ASGIApp, keys: Collection[str]) -> None:
         self._app = app
@@ -87,7 +87,7 @@ class RequireKey:
         await self._app(scope, receive, send)
 
     def _fingerprint(self, presented: str) -> str | None:
-        """The known key's fingerprint. Digests of equal length, all compared whichever fits: the time tells nothing."""
+        """Return the fingerprint if the key is known. All digests are compared, so that the time tells nothing."""
         digest, found = hashlib.sha256(presented.encode()).digest(), None
         for known, fingerprint in self._digests:
             if hmac.compare_digest(digest, known):
@@ -96,10 +96,10 @@ class RequireKey:
 
 
 class TokenBuckets:
-    """One bucket for each caller: it holds `burst` tokens, gains `per_s` of them a second, and a request takes one.
+    """Token buckets, one for each caller: it holds `burst` tokens, gains `per_s` a second, and a request takes one.
 
-    So a caller gets at most burst + per_s · T requests into any T seconds. The max_callers seen last are remembered; a
-    forgotten one starts again with a full bucket, as after burst / per_s seconds of silence.
+    A caller sends at most burst + per_s · T requests in any T seconds. The last max_callers callers are remembered; a
+    forgotten one starts with a full bucket, as it would after burst / per_s seconds without a request.
     """
 
     def __init__(self, per_s: float, burst: int, max_callers: int = 10_000) -> None:
@@ -110,7 +110,7 @@ class TokenBuckets:
         return len(self._buckets)
 
     def take(self, caller: str, now_s: float) -> float:
-        """Take a token and return 0.0; where there is none, return the seconds until there is one."""
+        """Take a token and return 0.0, or return the seconds until there is one."""
         tokens, then_s = self._buckets.pop(caller, (float(self._burst), now_s))
         tokens = min(self._burst, tokens + (now_s - then_s) * self._per_s)
         is_taken = tokens >= 1 - _ROUNDING
@@ -121,11 +121,11 @@ class TokenBuckets:
 
 
 class RateLimit:
-    """Answers 429 with Retry-After to a key, or without keys to a client's address, that asks too often.
+    """Answers 429 with Retry-After if a key, or without keys a client's address, sends requests too often.
 
-    Every replica counts for itself: behind n replicas a key gets up to n times the rate. Without keys only this machine
-    reaches the service, so all share one address, which X-Forwarded-For from loopback can change (uvicorn believes
-    it): the rate then keeps a runaway caller in check, not a malicious one.
+    Every replica counts for itself: with n replicas a key gets up to n times the rate. Without keys only this machine
+    reaches the service, so all callers share one address, which X-Forwarded-For from loopback can change (uvicorn
+    believes it): the limit then stops a runaway caller, but not a malicious one.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class RateLimit:
 
 
 class SlowBodies:
-    """Gives up (408) on a body that is not whole in time, or that pauses too long between two pieces.
+    """Answers 408 to a body that is not complete in time, or that pauses too long between two pieces.
 
     The error is raised where the app reads, so that the app's own handler answers it.
     """
@@ -162,7 +162,7 @@ class SlowBodies:
 
         async def receive_in_time() -> Message:
             nonlocal is_whole
-            if is_whole:  # what is waited for from now on is the caller's hanging up
+            if is_whole:  # from now on only the end of the connection can come
                 return await receive()
             try:
                 async with asyncio.timeout(min(self._chunk_timeout_s, deadline_s - time.monotonic())):
@@ -176,10 +176,10 @@ class SlowBodies:
 
     def _too_slow(self) -> HTTPException:
         error = (
-            f"the body came too slowly: it must be whole in {self._body_timeout_s:g} s, "
+            f"the body came too slowly: it must be complete in {self._body_timeout_s:g} s, "
             f"without a pause of {self._chunk_timeout_s:g} s"
         )
-        # close: what else trickles in on this connection is nobody's request
+        # close: the rest of the body must not be read as a new request
         return HTTPException(HTTP_408_REQUEST_TIMEOUT, error, headers={"connection": "close"})
 
 
@@ -191,7 +191,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_api(scope: Scope) -> bool:
-    """Whether the path has a segment "v1", wherever the app is mounted: rather a key too many than one too few."""
+    """Tell whether the path has a segment "v1", wherever the app is mounted."""
     return scope["type"] == "http" and _API_SEGMENT in scope["path"].split("/")
 
 

@@ -1,10 +1,10 @@
-"""One line of JSON for each request, and for whatever else the service has to say: nothing in it can forge a line.
+"""Log one line of JSON for each request, and for all else the service logs; no text of a caller can forge a line.
 
     log_as_json(sys.stderr)         # once a process: all that the package reward_server logs
     app.add_middleware(AccessLog)   # {"message": "request", "request_id": "…", "route": "/v1/rewards", "status": 200 …}
 
-A line has the id, the route (not the path: that is the caller's text), status, seconds, bytes, the key's fingerprint
-and, where the app has put them into the request's state, `rewards` (names that are served), `num_images` and
+A line has the id, the route (not the path, which is the caller's text), status, seconds, bytes, the key's fingerprint
+and, if the app has put them into the request's state, `rewards` (names that are served), `num_images` and
 `reject_reason`. Never a key, a prompt, an address or a pixel.
 """
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class JsonLines(logging.Formatter):
-    """A log record as one line of JSON; `extra={"fields": {...}}` adds members. All but ASCII is escaped."""
+    """Formats a log record as one line of JSON; `extra={"fields": {...}}` adds members. All but ASCII is escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -40,10 +40,10 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json(stream: TextIO) -> logging.Handler:
-    """Write what the package reward_server logs, from INFO on, to `stream` and nowhere else."""
+    """Write what the package reward_server logs, from INFO up, to `stream` and nowhere else."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
-    package = logging.getLogger(__package__)
+    package = logging.getLogger("reward_server")
     package.handlers, package.propagate = [handler], False
     package.setLevel(logging.INFO)
     return handler
@@ -51,15 +51,15 @@ def log_as_json(stream: TextIO) -> logging.Handler:
 
 @dataclass(slots=True)
 class _Traffic:
-    """What passes through between an app and its caller."""
+    """What was counted of one request."""
 
-    status: int | None = None  # none until the answer begins: a caller who hung up got none
+    status: int | None = None  # None until the answer begins: a caller who hung up got none
     bytes_in: int = 0
     bytes_out: int = 0
 
 
 class AccessLog:
-    """Logs each request when its answer is out, or when it failed: then beyond this the app answers 500."""
+    """Logs each request when its answer is sent or when it failed, which is answered with 500 further out."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -82,7 +82,7 @@ class AccessLog:
 
         try:
             await self._app(scope, counted_receive, counted_send)
-        except Exception:  # whatever it is, it goes on to where 500 is answered; a caller who hung up is none
+        except Exception:  # raised again, to be answered with 500; a caller who hung up raises none
             traffic.status = 500
             raise
         finally:

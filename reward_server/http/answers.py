@@ -1,4 +1,4 @@
-"""What people are told: rewards as JSON, heat maps of the image gradient, an order with its probabilities."""
+"""Make the JSON answers of /v1/score and /v1/rank: rewards, heat maps of the image gradient, orders, probabilities."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.contract import Float32, RewardResponse
 
 
 class HeatMap(BaseModel):
-    """Where the reward wants change, pixel by pixel, at the picture's own size."""
+    """∂ reward / ∂ pixel, summed up over the colors, at the picture's own size."""
 
     height_px: int
     width_px: int
@@ -26,7 +26,7 @@ class Result(BaseModel):
     reward: float = Field(description="(1 + preference_scale) · positive_similarity − negative_similarity")
     positive_similarity: float
     negative_similarity: float
-    heat_map: HeatMap | None = Field(default=None, description="if asked for")
+    heat_map: HeatMap | None = Field(default=None, description="if requested")
 
 
 class ScoreAnswer(BaseModel):
@@ -47,7 +47,7 @@ class RankAnswer(BaseModel):
 
 
 def score_answer(response: RewardResponse) -> ScoreAnswer:
-    """Of a response of one reward."""
+    """Return the answer of /v1/score for a response of one reward."""
     (scorer,), (positive,), (negative,) = (
         response.scorers, response.positive_similarities, response.negative_similarities
     )  # fmt: skip
@@ -65,7 +65,7 @@ def score_answer(response: RewardResponse) -> ScoreAnswer:
 
 
 def heat_map(image_gradient: Float32) -> HeatMap:
-    """Of one image, (3, height_px, width_px)."""
+    """Return the heat map of one image's gradient (3, height_px, width_px)."""
     _, height, width = image_gradient.shape
     return HeatMap(
         height_px=height,
@@ -76,7 +76,7 @@ def heat_map(image_gradient: Float32) -> HeatMap:
 
 
 def rank_answer(response: RewardResponse, temperature: float) -> RankAnswer:
-    """Of a response of one reward; equal rewards keep the order of the request."""
+    """Return the answer of /v1/rank for a response of one reward; equal rewards keep the order of the request."""
     (scorer,) = response.scorers
     return RankAnswer(
         request_id=response.request_id,
@@ -89,7 +89,7 @@ def rank_answer(response: RewardResponse, temperature: float) -> RankAnswer:
 
 
 def preference_probabilities(rewards: Float32, temperature: float) -> NDArray[np.float64]:
-    """P(i preferred to j) = sigmoid((r_i − r_j) / temperature), (batch, batch): Bradley-Terry (1952)."""
+    """Return P(i preferred to j) = sigmoid((r_i − r_j) / temperature), (batch, batch): Bradley and Terry (1952)."""
     column = rewards.astype(np.float64)[:, None]
     with np.errstate(over="ignore"):  # tanh(±inf) is ±1
         return 0.5 * (1 + np.tanh((column - column.T) / temperature / 2))  # sigmoid, without overflow

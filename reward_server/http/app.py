@@ -1,7 +1,6 @@
-"""The HTTP face of the reward service: its routes and what a request passes through. Knows neither torch nor ray.
+"""Build the HTTP app of the reward service: its routes and middleware. It imports neither torch nor ray.
 
-Whatever scores is handed in as one async function, so the same app runs under Ray Serve, uvicorn and in tests.
-Limits, errors, the guard, what people send and what they are told have their own files.
+The caller passes the function that scores, so the same app runs under Ray Serve, under uvicorn and in tests.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from starlette.status import HTTP_413_CONTENT_TOO_LARGE
 from reward_server.http.access import RateLimit, RequireKey, SlowBodies
 from reward_server.http.access_log import AccessLog
 from reward_server.http.answers import RankAnswer, ScoreAnswer, rank_answer, score_answer
-from reward_server.http.body_budget import BytesInFlight
-from reward_server.http.envelope import Envelope
+from reward_server.http.bytes_in_flight import BytesInFlight
 from reward_server.http.errors import handle_errors
 from reward_server.http.idempotency import StoredAnswers
 from reward_server.http.limits import Limits
@@ -33,14 +31,15 @@ from reward_server.http.openapi import (
     JSON_ANSWERS,
     MODELS_ANSWERS,
     TITLE,
-    question_body,
+    picture_body,
     state_answers,
 )
 from reward_server.http.pages import add_pages
-from reward_server.http.requests import RankQuestion, ScoreQuestion, read_pictures, read_question
+from reward_server.http.requests import RankRequest, ScoreRequest, read_fields, read_pictures
+from reward_server.http.response_headers import ResponseHeaders
 from reward_server.metrics import Record, ignore, phase
-from reward_server.scoring.catalog import RewardInfo, RewardList, choose_reward
-from reward_server.scoring.threads import off_loop, off_loop_if_large
+from reward_server.scoring.reward_info import RewardInfo, RewardList, choose_reward
+from reward_server.scoring.threads import in_thread, in_thread_if_large
 from services.contract import (
     MEDIA_TYPE,
     MODELS_PATH,
@@ -72,13 +71,13 @@ def build_app(
     keys: Collection[str] = (),
     record: Record = ignore,
 ) -> FastAPI:
-    """The application. `rewards`: those served, by name, looked up at every request; `keys`: API keys, () for none."""
+    """Return the application. `rewards`: the served ones, read at every request; `keys`: API keys, () for none."""
     app = FastAPI(title=TITLE, description=DESCRIPTION, docs_url=None, redoc_url=None)
     app.add_middleware(SlowBodies, body_timeout_s=limits.body_timeout_s, chunk_timeout_s=limits.chunk_timeout_s)
     app.add_middleware(RateLimit, requests_per_s=limits.requests_per_s, burst=limits.request_burst)
     app.add_middleware(RequireKey, keys=keys)
-    app.add_middleware(Envelope, record=record)
-    app.add_middleware(AccessLog)  # added last, asked first: the envelope's refusals are logged too
+    app.add_middleware(ResponseHeaders, record=record)
+    app.add_middleware(AccessLog)  # added last, called first: logs refused requests, too
     handle_errors(app, record)
     add_pages(app)
     _add_state(app)
@@ -89,7 +88,7 @@ def build_app(
 
 
 def _add_api(app: FastAPI, api: _Api, has_keys: bool) -> None:
-    # RequireKey asks for the key; this only says so in the description.
+    # RequireKey checks the key; this only describes it.
     bearer = [Security(HTTPBearer(auto_error=False))] if has_keys else []
     app.post(
         REWARDS_PATH,
@@ -104,7 +103,7 @@ def _add_api(app: FastAPI, api: _Api, has_keys: bool) -> None:
         summary="Score pictures",
         response_model=ScoreAnswer,
         responses=JSON_ANSWERS,
-        openapi_extra=question_body(ScoreQuestion, num_images=1, with_heat_map=True),
+        openapi_extra=picture_body(ScoreRequest, num_images=1, with_heat_map=True),
         dependencies=bearer,
     )(api.score_route)
     app.post(
@@ -112,7 +111,7 @@ def _add_api(app: FastAPI, api: _Api, has_keys: bool) -> None:
         summary="Rank pictures",
         response_model=RankAnswer,
         responses=JSON_ANSWERS,
-        openapi_extra=question_body(RankQuestion, num_images=2, temperature=0.01),
+        openapi_extra=picture_body(RankRequest, num_images=2, temperature=0.01),
         dependencies=bearer,
     )(api.rank_route)
     app.get(MODELS_PATH, summary="Served rewards", responses=MODELS_ANSWERS, dependencies=bearer)(api.models_route)
@@ -121,12 +120,12 @@ def _add_api(app: FastAPI, api: _Api, has_keys: bool) -> None:
 def _add_state(app: FastAPI) -> None:
     @app.get("/healthz", responses=state_answers("alive"))
     async def health() -> Status:
-        """The process answers."""
+        """Tell that the process answers."""
         return Status(status="alive")
 
     @app.get(READY_PATH, responses=state_answers("ready"))
     async def ready() -> Status:
-        """The weights are loaded: this app is built only after them."""
+        """Tell that the weights are loaded: the app is built only after them."""
         return Status(status="ready")
 
 
@@ -142,102 +141,102 @@ class _Api:
     in_flight: BytesInFlight
 
     async def rewards_route(self, request: Request, idempotency_key: _IdempotencyKey = None) -> Response:
-        """Rewards of images under their prompt pairs and, on request, the gradient with respect to the images.
+        """Return rewards of images under their prompt pairs and, on request, the gradient with respect to the images.
 
         Body and answer are safetensors messages of the layouts below.
         """
 
         async def compute(body: bytes) -> Response:
             with phase(self.record, "decode"):
-                asked = await off_loop_if_large(len(body), RewardRequest.from_bytes, body)
-            answered = await self._score(request, asked)
+                reward_request = await in_thread_if_large(len(body), RewardRequest.from_bytes, body)
+            response = await self._score(request, reward_request)
             with phase(self.record, "encode"):
-                content = await off_loop_if_large(len(body), answered.to_bytes)
+                content = await in_thread_if_large(len(body), response.to_bytes)
             return Response(content, media_type=MEDIA_TYPE)
 
         return await self._once(request, idempotency_key, compute)
 
     async def score_route(self, request: Request, idempotency_key: _IdempotencyKey = None) -> Response:
-        """Rewards of pictures, and on request where in each the reward wants change."""
+        """Return rewards of pictures and, on request, a heat map of where a change of each picture moves the reward."""
 
         async def compute(body: bytes) -> Response:
             with phase(self.record, "decode"):
-                question = await read_question(request, body, ScoreQuestion, self.limits)
-                reward = choose_reward(self.rewards, question.reward)
-                images = await off_loop(read_pictures, question.images, self.limits)
-            answered = await self._score(request, question.request(reward.name, images, question.with_heat_map))
+                fields = await read_fields(request, body, ScoreRequest, self.limits)
+                reward = choose_reward(self.rewards, fields.reward)
+                images = await in_thread(read_pictures, fields.images, self.limits)
+            response = await self._score(request, fields.to_reward_request(reward.name, images, fields.with_heat_map))
             with phase(self.record, "encode"):
-                if question.with_heat_map:  # megabytes of text
-                    return await off_loop(_score_response, answered)
-                return _score_response(answered)
+                if fields.with_heat_map:  # megabytes of text
+                    return await in_thread(_score_response, response)
+                return _score_response(response)
 
         return await self._once(request, idempotency_key, compute)
 
     async def rank_route(self, request: Request, idempotency_key: _IdempotencyKey = None) -> Response:
-        """Pictures in the order of their reward, and how probably each is preferred to each other one."""
+        """Rank pictures by their reward, with the probability that each is preferred to each other one."""
 
         async def compute(body: bytes) -> Response:
             with phase(self.record, "decode"):
-                question = await read_question(request, body, RankQuestion, self.limits)
-                reward = choose_reward(self.rewards, question.reward)
-                temperature = _temperature(question, reward)
-                images = await off_loop(read_pictures, question.images, self.limits)
-            answered = await self._score(request, question.request(reward.name, images, with_gradient=False))
+                fields = await read_fields(request, body, RankRequest, self.limits)
+                reward = choose_reward(self.rewards, fields.reward)
+                temperature = _temperature(fields, reward)
+                images = await in_thread(read_pictures, fields.images, self.limits)
+            response = await self._score(request, fields.to_reward_request(reward.name, images, with_gradient=False))
             num_bytes = _BYTES_PER_PROBABILITY * len(images) ** 2
-            return await off_loop_if_large(num_bytes, _rank_response, answered, temperature)
+            return await in_thread_if_large(num_bytes, _rank_response, response, temperature)
 
         return await self._once(request, idempotency_key, compute)
 
     async def models_route(self) -> RewardList:
-        """The rewards that may be asked for."""
+        """List the served rewards."""
         return RewardList(models=list(self.rewards.values()))
 
-    async def _score(self, request: Request, asked: RewardRequest) -> RewardResponse:
-        self.limits.check(asked)
-        names = [choose_reward(self.rewards, reward.name).name for reward in asked.rewards]
-        request.state.rewards, request.state.num_images = names, len(asked.images)  # for the log
-        return await self.score(asked, request.state.request_id)
+    async def _score(self, request: Request, reward_request: RewardRequest) -> RewardResponse:
+        self.limits.check(reward_request)
+        names = [choose_reward(self.rewards, reward.name).name for reward in reward_request.rewards]
+        request.state.rewards, request.state.num_images = names, len(reward_request.images)  # for the log
+        return await self.score(reward_request, request.state.request_id)
 
     async def _once(
         self, request: Request, key: str | None, compute: Callable[[bytes], Awaitable[Response]]
     ) -> Response:
-        """The answer to the request's body; with an Idempotency-Key, the one that it got before."""
+        """Return the answer to the request's body; with an Idempotency-Key, the stored answer if there is one."""
         with self.in_flight.share() as take:
             body = await _read_body(request, self.limits.max_body_bytes, take)
             if key is None:
                 return await compute(body)
-            digest = await off_loop_if_large(len(body), _digest, request, body)
+            digest = await in_thread_if_large(len(body), _digest, request, body)
             caller = getattr(request.state, "key_fingerprint", "")
             return await self.answers.once(f"{caller} {key}", digest, lambda: compute(body))
 
 
-def _score_response(answered: RewardResponse) -> Response:
-    return JSONResponse(score_answer(answered).model_dump(exclude_none=True))
+def _score_response(response: RewardResponse) -> Response:
+    return JSONResponse(score_answer(response).model_dump(exclude_none=True))
 
 
-def _rank_response(answered: RewardResponse, temperature: float) -> Response:
-    return JSONResponse(rank_answer(answered, temperature).model_dump())
+def _rank_response(response: RewardResponse, temperature: float) -> Response:
+    return JSONResponse(rank_answer(response, temperature).model_dump())
 
 
-def _temperature(question: RankQuestion, reward: RewardInfo) -> float:
-    if question.temperature is not None:
-        return question.temperature
+def _temperature(fields: RankRequest, reward: RewardInfo) -> float:
+    if fields.temperature is not None:
+        return fields.temperature
     if reward.logit_scale is None:
-        raise ContractError(f"temperature must be given: reward {reward.name!r} has no scale of its own")
+        raise ContractError(f"temperature must be given: reward {reward.name!r} has no logit_scale to take it from")
     return 1 / reward.logit_scale
 
 
 def _digest(request: Request, body: bytes) -> bytes:
-    """Of all that the answer depends on."""
+    """Return the digest of all that the answer depends on."""
     digest = hashlib.sha256(body)
     digest.update(f"{request.url.path}\n{request.headers.get('content-type', '')}".encode())
     return digest.digest()
 
 
 async def _read_body(request: Request, max_bytes: int, take: Callable[[int], None]) -> bytes:
-    """The whole body, never holding more than max_bytes of it: a missing or wrong content-length does not help.
+    """Read the whole body. Raise HTTPException 413 before more than max_bytes are held, whatever content-length says.
 
-    take: is told of every piece before it is kept, and may refuse it.
+    take: called with the size of every piece before it is kept; may raise to refuse it.
     """
     body = bytearray()
     async for chunk in request.stream():

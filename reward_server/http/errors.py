@@ -1,4 +1,4 @@
-"""Every failure is the same small JSON, {error, request_id}, and says what the caller can do; the log has the rest."""
+"""Turn every exception into the same small JSON, {error, request_id}, that says what the caller can do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from reward_server.http.envelope import add_headers, count_reject
+from reward_server.http.response_headers import add_headers, count_reject
 from reward_server.metrics import Record
 from reward_server.scoring.batching import Overloaded
 from services.contract import ContractError
 
-_MAX_CHARS = 1000  # a field that is unknown has a name of the caller's
+_MAX_CHARS = 1000  # the name of an unknown field is the caller's text
 _log = logging.getLogger(__name__)
 
 
@@ -27,7 +27,7 @@ class ErrorAnswer(BaseModel):
 
 
 def handle_errors(app: FastAPI, record: Record) -> None:
-    """Raised anywhere below, each becomes its answer."""
+    """Register what each exception is answered with, and count it."""
 
     async def contract_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ContractError)
@@ -48,7 +48,7 @@ def handle_errors(app: FastAPI, record: Record) -> None:
         return _answer(request, error.status_code, error.detail, error.headers)
 
     async def internal_error(request: Request, error: Exception) -> Response:
-        """Answered beyond all middlewares, which have failed with it."""
+        """Answer outside all middleware, which the exception has already passed; so add headers and count here."""
         fields = {"request_id": request.state.request_id}
         _log.error("request failed", exc_info=error, extra={"fields": fields})
         status = HTTPStatus.INTERNAL_SERVER_ERROR
@@ -65,7 +65,7 @@ def handle_errors(app: FastAPI, record: Record) -> None:
 
 
 def validation_text(errors: object) -> str:
-    """pydantic's list of errors as "field: problem; …", without the values."""
+    """Return pydantic's list of errors as "field: problem; …", without the values."""
     assert isinstance(errors, list | tuple)
     return "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in errors[:5])[:_MAX_CHARS]
 

@@ -1,9 +1,9 @@
-"""A retried request gets the answer that the first one got: kept by Idempotency-Key, for a while, in bounded memory.
+"""Store answers by Idempotency-Key, for a while and in bounded memory, and return them to retried requests.
 
     response = await answers.once(key, digest, compute)
 
-Scoring changes nothing, so this saves work and keeps answers equal; it does not prevent a second run: another replica,
-or this one after a restart, computes the answer again. Lives in one event loop.
+Scoring changes nothing, so this only saves work and keeps answers equal. Another replica, or this one after a restart,
+computes the answer again. For use in one event loop.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from starlette.responses import Response
 from services.contract import IDEMPOTENCY_KEY_HEADER, ContractError
 
 REPLAYED_HEADER = "idempotency-replayed"
-_OVERHEAD_BYTES = 1024  # of an entry besides its answer: a bound in bytes also bounds how many small ones there are
+_OVERHEAD_BYTES = 1024  # of an entry beside its answer, so that the bound in bytes also bounds the number of small ones
 
 
 class ReusedKey(ContractError):
-    """An Idempotency-Key that came before with another request."""
+    """An Idempotency-Key that was already used for another request."""
 
     reason = "idempotency_key"
 
@@ -41,7 +41,7 @@ class _Stored:
 
 
 class StoredAnswers:
-    """The good answers of the last ttl_s seconds, the oldest forgotten first beyond max_bytes."""
+    """The successful answers of the last ttl_s seconds; beyond max_bytes the oldest are dropped first."""
 
     def __init__(self, max_bytes: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_bytes, self._ttl_s, self._clock = max_bytes, ttl_s, clock
@@ -50,10 +50,10 @@ class StoredAnswers:
         self.num_bytes = 0
 
     async def once(self, key: str, digest: bytes, compute: Callable[[], Awaitable[Response]]) -> Response:
-        """The stored answer to `key`, that of a run under way, or a new one.
+        """Return the stored answer to `key`, or wait for the one being computed, or compute it.
 
-        digest: of route and body. Raises ReusedKey where the key came with another; whatever `compute` raises is
-        not stored.
+        digest: of route and body. Raise ReusedKey if the key was used with another digest, and what `compute` raises,
+        which is not stored.
         """
         while (running := self._running.get(key)) is not None:
             _check_same(key, digest, running[0])
@@ -91,4 +91,4 @@ class StoredAnswers:
 
 def _check_same(key: str, digest: bytes, known: bytes) -> None:
     if digest != known:
-        raise ReusedKey(f"{IDEMPOTENCY_KEY_HEADER} {key!r} came before with another request; use a new one")
+        raise ReusedKey(f"{IDEMPOTENCY_KEY_HEADER} {key!r} was already used for another request; use a new one")

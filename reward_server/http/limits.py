@@ -1,4 +1,4 @@
-"""What one request may cost: each limit is a key of deploy/serve.yaml, and each excess an error with its numbers."""
+"""Limit what one request may cost: each limit is a key of deploy/serve.yaml, each excess an error with its numbers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class LimitExceeded(ContractError):
-    """A request that is well formed but asks for too much; the text names the limit and the number.
+    """A request over a limit; the text names the limit and the number, and `reason` is the limit's key."""  # fmt: skip
 
-    Its reason is the limit, a key of Limits.
+    """
     """
 
     def __init__(self, limit: str, text: str) -> None:
@@ -32,7 +32,7 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     max_body_bytes: Positive = 256 * 2**20  # 40 images of 720 x 720 pixels in float32
-    max_bytes_in_flight: Positive = 2**31  # of all bodies at once at each replica; what is made of them comes on top
+    max_bytes_in_flight: Positive = 2**31  # of all bodies at once at each replica, without the pixels made of them
     max_images: Positive = 256
     max_pixels_per_image: Positive = 4096**2
     max_pixels_per_request: Positive = 4 * 4096**2  # 200 MB as bytes, 800 MB as the float32 of a gradient
@@ -58,20 +58,20 @@ class Limits(BaseModel):
         return self
 
     def check_num_images(self, num_images: int) -> None:
-        """Before anything is made of them. Raises LimitExceeded."""
+        """Raise LimitExceeded if there are too many images; call it before they are opened."""
         if num_images > self.max_images:
             raise self.too_many_images(str(num_images))
 
     def too_many_images(self, found: str) -> LimitExceeded:
-        return LimitExceeded("max_images", f"{found} images; a request may have {self.max_images} (max_images)")
+        return LimitExceeded("max_images", f"{found} images; a request may have at most {self.max_images} (max_images)")
 
     def check_images(self, sizes_px: Sequence[tuple[int, int]]) -> None:
-        """(height, width) of every image, before they are decoded. Raises LimitExceeded."""
+        """Raise LimitExceeded if images of these (height, width) are too large; call it before they are decoded."""
         self.check_num_images(len(sizes_px))
         for index, (height, width) in enumerate(sizes_px):
             if height * width > self.max_pixels_per_image:
                 allowed = f"{self.max_pixels_per_image} pixels (max_pixels_per_image)"
-                error = f"images[{index}] is {width} x {height}; an image may have {allowed}"
+                error = f"images[{index}] is {width} x {height}; an image may have at most {allowed}"
                 raise LimitExceeded("max_pixels_per_image", error)
             if max(height, width) > self.max_aspect_ratio * min(height, width):
                 allowed = f"{self.max_aspect_ratio:g} times as long as wide (max_aspect_ratio)"
@@ -79,15 +79,15 @@ class Limits(BaseModel):
                 raise LimitExceeded("max_aspect_ratio", error)
         if (total := sum(height * width for height, width in sizes_px)) > self.max_pixels_per_request:
             allowed = f"{self.max_pixels_per_request} (max_pixels_per_request)"
-            error = f"{total} pixels in all images; a request may have {allowed}"
+            error = f"{total} pixels in all images; a request may have at most {allowed}"
             raise LimitExceeded("max_pixels_per_request", error)
 
     def check(self, request: RewardRequest) -> None:
-        """Raises LimitExceeded."""
+        """Raise LimitExceeded if the request's images or texts exceed a limit."""
         self.check_images([image.shape[1:] for image in request.images])
         for index, pair in enumerate(request.pairs):
             for field in ("prompt", "positive", "negative"):
                 if (num_chars := len(getattr(pair, field) or "")) > self.max_text_chars:  # a word may be None
                     allowed = f"{self.max_text_chars} (max_text_chars)"
-                    error = f"pairs[{index}].{field} has {num_chars} characters; a text may have {allowed}"
+                    error = f"pairs[{index}].{field} has {num_chars} characters; a text may have at most {allowed}"
                     raise LimitExceeded("max_text_chars", error)

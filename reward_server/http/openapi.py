@@ -1,4 +1,4 @@
-"""What FastAPI cannot see for itself: bodies that the routes read on their own, examples, and all errors."""
+"""Describe for OpenAPI what FastAPI cannot see: bodies that the routes read themselves, examples, and all errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from reward_server.http.errors import ErrorAnswer
-from reward_server.http.requests import FORM_TYPE, JSON_TYPE, Question
+from reward_server.http.requests import FORM_TYPE, JSON_TYPE, PictureRequest
 from services.contract import MEDIA_TYPE, PromptPair, RewardRequest, RewardResponse, WeightedReward
 
 TITLE = "srpo-ray reward service"
@@ -17,16 +17,16 @@ Rewards of images under text-conditioned prompt pairs (SRPO, arXiv 2509.06942), 
 `POST /v1/score` and `POST /v1/rank` are for people: PNG, JPEG or WebP in, JSON out. `POST /v1/rewards` is for
 programs: safetensors in both directions.
 
-**Errors** of the service are `{"error", "request_id"}`; 429 and 503 say in `retry-after` when to come back. What stands
-before it has other words, and no JSON: Ray Serve for 503 (no replica takes the request; with `retry-after` where its
-queue is full), 408 (no answer in `request_timeout_s`) and 500 (the replica died), HAProxy for 502, 503 and 504. After
-any of these a request may be sent again: scoring changes nothing.
+**Errors** of the service are `{"error", "request_id"}`; 429 and 503 say in `retry-after` when to try again.
+Ray Serve and HAProxy, which stand in front of the service, answer some errors as plain text: Ray Serve 503 (no replica
+takes the request; with `retry-after` if its queue is full), 408 (no answer in `request_timeout_s`) and 500 (the replica
+died), HAProxy 502, 503 and 504. A request may be sent again after any of these: scoring changes nothing.
 
-**`x-request-id`**, 1 to 128 visible ASCII characters, comes back in the header, in the answer and in the log; without
-one the service makes an id. **`idempotency-key`** saves a retried request from being computed again, where it can: each
-replica keeps its own answers in memory for `limits.answer_ttl_s` (10 minutes), the newest
-`limits.max_stored_answer_bytes` (64 MiB) of them. It then has the header `idempotency-replayed` and inside it the
-`request_id` under which it was computed. At another replica, later or after a restart the request is computed anew.
+**`x-request-id`**, 1 to 128 visible ASCII characters, is returned in the header, in the answer and in the log; without
+one the service makes an id. **`idempotency-key`** returns the stored answer to a retried request: each replica keeps
+its own answers in memory for `limits.answer_ttl_s` (10 minutes), the newest `limits.max_stored_answer_bytes` (64 MiB).
+Such an answer has the header `idempotency-replayed`, and the `request_id` under which it was computed. Another
+replica, or the same one later or after a restart, computes the request again.
 """
 _RED_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 _PICTURES = "image/png, image/jpeg, image/webp"
@@ -39,24 +39,24 @@ _MODEL = {
     "max_text_tokens": 77,
     "logit_scale": 100.0,
 }
-_REQUEST_ID = {"x-request-id": {"description": "sent or made up", "schema": {"type": "string"}}}
+_REQUEST_ID = {"x-request-id": {"description": "the one sent, or a new one", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"retry-after": {"description": "seconds", "schema": {"type": "integer"}}}
 _SCORING_ERRORS = {
     400: "the form cannot be parsed, or x-request-id is empty, too long or not visible ASCII",
     401: "the API key is missing or wrong",
-    408: "the body came too slowly; as plain text: no answer in time",
+    408: "the body came too slowly; as plain text: there was no answer in time",
     413: "the body is too large",
     415: "the content type is not one of those read here",
     422: "the request is wrong, or over a limit; `error` names the field and the number",
-    429: "this key asks too often",
-    500: "a fault of the service; as plain text: the replica died",
-    503: "too much waits already; as plain text: no replica takes the request",
+    429: "this key sends too many requests",
+    500: "an error in the service; as plain text: the replica died",
+    503: "too many images wait already; as plain text: no replica takes the request",
 }
-_ALSO_FROM_SERVE = (408, 500, 503)  # which answers in its own way
+_ALSO_FROM_SERVE = (408, 500, 503)  # as plain text
 
 
 def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route."""
+    """Return the `responses` of a route."""
     answers: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         headers = _REQUEST_ID | (_RETRY_AFTER if status in (429, 503) else {})
@@ -67,17 +67,17 @@ def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _header(message: bytes) -> str:
-    """What a safetensors message begins with, after its length: the tensors' layout and the JSON `message`."""
+    """Return the header of a safetensors message: the tensors' layout and the JSON `message`."""
     num_bytes = int.from_bytes(message[:8], "little")
     return message[8 : 8 + num_bytes].decode().rstrip()  # spaces align the tensors
 
 
 def _message(name: str, tensors: str, example: bytes) -> dict[str, Any]:
-    """A safetensors body, described."""
+    """Describe a safetensors body."""
     description = (
         f"A {name}: 8 bytes with the length of the header (little endian), the header (JSON), the tensors' numbers "
-        f"(little endian, row by row). Tensors: {tensors}. All else is JSON, as the text `message` in the header's "
-        "`__metadata__`. The example is a header."
+        f"(little endian, row by row). Tensors: {tensors}. The other fields are JSON, the string `message` in the "
+        "header's `__metadata__`. The example is a header."
     )
     examples = {"header": {"summary": f"the header of a {name}", "value": _header(example)}}
     content = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}, "examples": examples}}
@@ -109,12 +109,12 @@ MODELS_ANSWERS = error_answers(400, 401, 429) | {200: {"content": {JSON_TYPE: {"
 
 
 def state_answers(status: str) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that tells the service's state."""
+    """Return the `responses` of a route that tells the service's state."""
     return error_answers(400) | {200: {"content": {JSON_TYPE: {"example": {"status": status}}}}}
 
 
-def question_body(kind: type[Question], num_images: int, **example: Any) -> dict[str, Any]:
-    """The two forms of a question, described from its class."""
+def picture_body(kind: type[PictureRequest], num_images: int, **example: Any) -> dict[str, Any]:
+    """Describe the body of /v1/score or /v1/rank, as JSON and as a form, from its class."""
     as_json = kind.model_json_schema()
     images = as_json["properties"]["images"]
     files = images | {"title": "Image", "items": {"type": "string", "format": "binary"}}

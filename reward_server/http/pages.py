@@ -1,4 +1,4 @@
-"""What a browser gets: the page at /, /docs with a copy of Swagger UI, their files; nothing from elsewhere."""
+"""Serve the page at /, /docs with a copy of Swagger UI, and their files; nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
-from reward_server.http.envelope import CONTENT_SECURITY_POLICY
+from reward_server.http.response_headers import CONTENT_SECURITY_POLICY
 
 _PAGE_FOLDER = Path(__file__).parents[1] / "page"
 # The distribution fastapi-offline is used for the files of Swagger UI that it carries, not for its code.
@@ -17,7 +17,7 @@ _DOCS_HEADERS = {"content-security-policy": f"{CONTENT_SECURITY_POLICY}; style-s
 
 
 def add_pages(app: FastAPI) -> None:
-    """Each file has a route of its own: no path from outside is ever looked up on disk."""
+    """Add a route for each file, so that no path from a request is ever looked up on disk."""
     swagger_folder = Path(str(files("fastapi_offline") / "static"))
     _add_file(app, "/", _PAGE_FOLDER / "index.html")
     _add_file(app, "/docs", _PAGE_FOLDER / "docs.html", _DOCS_HEADERS)

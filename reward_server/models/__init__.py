@@ -1,4 +1,4 @@
-"""The reward models: one file a family, three protocols (protocol.py), one union of arguments, one way to load."""
+"""Load reward models: one file a family, three protocols (protocol.py), one union of their arguments."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def load_reward(args: AnyArgs) -> RewardModel:
-    """Load the weights. Raises WeightsError naming the path where they are missing, wrong, or not those pinned."""
+    """Load the weights. Raise WeightsError naming the path if they are missing, wrong, or not those pinned."""
     match args:
         case ClipArgs() | PickScoreArgs():
             return ClipReward(args)

@@ -1,4 +1,4 @@
-"""Aesthetic Predictor v2.5: how good an image looks, from about 1 to 10, whatever it was asked to show (image-only)."""
+"""Aesthetic Predictor v2.5: how good an image looks, from about 1 to 10, whatever the prompt (image-only)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from reward_server.models.weights import (
 class AestheticArgs(WeightsArgs):
     """`path`: the published head, aesthetic_predictor_v2_5.pth (github.com/discus0434/aesthetic-predictor-v2-5).
 
-    `backbone`: the SigLIP that it stands on, a folder or a hub id. `checksum` is of its weights and then the head's.
+    `backbone`: the SigLIP under it, a folder or a hub id. `checksum` is of its weights and then the head's.
     """
 
     kind: Literal["aesthetic"]
@@ -61,7 +61,7 @@ class AestheticReward:
 
 
 class _Head(nn.Module):
-    """Five linear layers without anything between them but the training's dropout, named as in the published file."""
+    """Five linear layers with only the training's dropout between them, named as in the published file."""
 
     def __init__(self, embedding: int) -> None:
         super().__init__()

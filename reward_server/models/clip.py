@@ -27,7 +27,7 @@ class PickScoreArgs(ViewsArgs):
 
     The published score is logit_scale·cosine (a temperature of about 1/100 for their softmax over images). The reward
     here is the cosine, as for every other CLIP, so that preference_scale and margins mean the same; logit_scale is
-    read from the checkpoint, told with the model, and used for probabilities.
+    read from the checkpoint, listed with the model, and used for probabilities.
     """
 
     kind: Literal["pickscore"]
@@ -37,7 +37,7 @@ class ClipReward:
     """Any checkpoint in the format of transformers' CLIPModel: a TwoTower."""
 
     def __init__(self, args: ClipArgs | PickScoreArgs) -> None:
-        # Imported on use, so that serving one kind of model does not pay for the other's library.
+        # Imported on use: serving one kind of model does not load the library of another.
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         folder = find_folder(args.path)
@@ -49,7 +49,7 @@ class ClipReward:
         self.max_text_tokens = int(self._model.config.text_config.max_position_embeddings)
         self.logit_scale: float | None = float(self._model.logit_scale.exp())
         self._forward: Callable[[Tensor], Tensor] = self._eager
-        if self._device.type == "cpu":  # a GPU works on while Python prepares what comes next
+        if self._device.type == "cpu":  # a GPU works while Python prepares the next operation
             image_shape = 3, self._preprocess.height_px, self._preprocess.width_px
             self._forward = traced(self._model, self._eager, image_shape)
 

@@ -58,13 +58,13 @@ class Hpsv3Reward:
         return means.float()
 
     def _check(self, text: str) -> None:
-        """The model reads text and controls from one sequence: a text must not hold <|Reward|> or an image."""
+        """Raise ContractError for a text that is too long or has a control token, such as <|Reward|>, in it."""
         check_length(text, len(self._tokenizer(text).input_ids), self.max_text_tokens)
         if controls := [token for token in self._tokenizer.get_added_vocab() if token in text]:
-            raise ContractError(f"text holds {controls[0]!r}, which this reward reads as a command: {text!r}")
+            raise ContractError(f"text holds {controls[0]!r}, a control token of this reward; remove it from {text!r}")
 
     def _prepare(self, images: Tensor, texts: Sequence[str]) -> Any:
-        """The package's batch, with images in its own size (about 448² pixels), as bytes would be: 0 to 255."""
+        """Return the package's batch, with images at its own size (about 448² pixels) and in its range, 0 to 255."""
         from hpsv3.dataset.utils import smart_resize
 
         num_pixels = 256 * 28 * 28  # as in HPSv3RewardInferencer.prepare_batch

@@ -1,4 +1,4 @@
-"""Published image preprocessing as differentiable tensor operations: what is PIL elsewhere, with a gradient here."""
+"""Do the published image preprocessing, which is PIL elsewhere, as differentiable tensor operations."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _RESAMPLE_MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as written in 
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Bytes as float32, where 255 means 1; floats as they are."""
+    """Return bytes as float32, where 255 means 1, and floats as they are."""
     return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images
 
 
 def resize(images: Tensor, height_px: int, width_px: int, mode: str = "bicubic") -> Tensor:
-    """What torchvision's Resize does to floats and bytes, antialiasing included; the identity where the size fits."""
+    """Resize floats or bytes as torchvision's Resize does, with antialiasing; the identity if the size fits."""
     if images.shape[-2:] == (height_px, width_px):
         return images
     return interpolate(images, size=(height_px, width_px), mode=mode, antialias=True)
 
 
 def fit_and_pad(images: Tensor, size_px: int) -> Tensor:
-    """hpsv2's own geometry: the longest side becomes size_px (bicubic), the rest is filled with black, centered.
+    """Resize as hpsv2 does: the longest side becomes size_px (bicubic), the rest is filled with black, centered.
 
     The fill comes before the normalization, so it is black to the model. (hpsv2 leaves an image whose longest side
     already fits unpadded, and then fails on it if it is not square; it is padded here.)
@@ -44,11 +44,11 @@ def fit_and_pad(images: Tensor, size_px: int) -> Tensor:
 
 
 class ResizeAndCrop:
-    """Resize, center crop, normalize, as transformers' image processors and torchvision's transforms do it.
+    """Resizes, crops the center and normalizes as transformers' image processors and torchvision's transforms do.
 
     `size`: {"height", "width"} or {"shortest_edge"}. `crop`: {"height", "width"} of at most that, or empty.
-    `round_start`: where a crop starts that leaves an odd number of pixels; transformers rounds down, torchvision to
-    even. `height_px`, `width_px`: what the model sees. Raises WeightsError where these settings do not fit.
+    `round_start`: how to round where a crop starts; transformers rounds down, torchvision to even. `height_px`,
+    `width_px`: the size that the model sees. Raises WeightsError if these settings do not fit together.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ResizeAndCrop:
 
     @classmethod
     def of_processor(cls, processor: Any) -> ResizeAndCrop:
-        """What a CLIPImageProcessor or SiglipImageProcessor says. WeightsError naming what has no counterpart here."""
+        """Copy a CLIPImageProcessor or SiglipImageProcessor. Raise WeightsError naming an unsupported setting."""
         if processor.resample not in _RESAMPLE_MODES:
             raise WeightsError(f"preprocessing with resample {processor.resample} is not supported; 2 and 3 are")
         size = _set_entries(processor.size) if processor.do_resize else {}
@@ -80,19 +80,19 @@ class ResizeAndCrop:
         return cls(size, crop, processor.image_mean, processor.image_std, mode=mode, round_start=math.floor)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(batch, 3, height, width) in [0, 1], or bytes on the CPU -> (batch, 3, height_px, width_px), normalized.
+        """Preprocess (batch, 3, height, width) in [0, 1], or bytes on the CPU, as (batch, 3, height_px, width_px).
 
-        Bytes are resized as bytes, as the published code does it: a tenth of the time of floats, and no gradient.
+        Bytes are resized as bytes, as the published code does: in a tenth of the time of floats, without gradient.
         """
         # Bytes cannot overshoot as a bicubic kernel does, so floats may not.
         images = as_float(self._resized(images)).clamp(0, 1)
         return normalize(self._cropped(images), self._mean, self._std)
 
     def shrink(self, images: Tensor) -> Tensor:
-        """Bytes (batch, 3, height, width) on the CPU -> bytes of fewer pixels, of which __call__ makes the same.
+        """Turn bytes (batch, 3, height, width) on the CPU into fewer bytes, for which __call__ gives the same.
 
-        For whoever prepares images before the model's turn. Cropped as well, so that photos of all shapes become one
-        size, where __call__ leaves such an image as it is.
+        Lets a caller prepare images before the model's turn. They are cropped as well, so that photos of all shapes get
+        one size, provided that __call__ leaves such an image as it is.
         """
         images = self._resized(images)
         final = self.height_px, self.width_px

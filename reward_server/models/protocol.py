@@ -1,4 +1,4 @@
-"""What a reward must offer to be served: one of three protocols, told apart with isinstance.
+"""Define what a reward must offer to be served: one of three protocols, told apart with isinstance.
 
     TwoTower   image and text are embedded apart; their dot product is the similarity. A prompt pair costs one image
                forward, and text embeddings can be cached. CLIP, PickScore, HPS v2.
@@ -8,10 +8,10 @@
                one for each text, and nothing can be cached. ImageReward, HPS v3.
 
 Images are (batch, 3, height, width) in [0, 1], of any size (one size within a batch), on any device; the model does
-its own preprocessing as differentiable tensor operations and treats the images of a batch independently. What comes
-back is on the model's device, float32, and differentiable with respect to the images unless it says otherwise. Where
-no gradient is wanted, images may also be bytes (uint8, 255 means 1) on the CPU: a model whose published preprocessing
-resizes bytes then does the same, and its score is the published one without a rounding between.
+its own preprocessing as differentiable tensor operations and treats the images of a batch independently. It returns
+float32 on the model's device, differentiable with respect to the images unless stated otherwise. If no gradient is
+wanted, images may also be bytes (uint8, 255 means 1) on the CPU: a model whose published preprocessing resizes bytes
+then does the same, and its score is the published one, without rounding differences.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class TwoTower(Protocol):
     logit_scale: float | None  # the model's own P(i preferred to j) is sigmoid(logit_scale·(r_i − r_j)), None: has none
 
     def embed_image(self, images: Tensor) -> Tensor:
-        """(batch, 3, height, width) -> (batch, embedding). At most of length one: a mean over views is shorter."""
+        """Embed (batch, 3, height, width) as (batch, embedding), of length one or, as a mean over views, less."""
         ...
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """(batch, embedding) of length one, no gradient. ContractError naming a text that is too long: none is cut."""
+        """Embed texts as (batch, embedding) of length one, without gradient. Raise TextTooLong naming the text."""
         ...
 
 
@@ -45,7 +45,7 @@ class ImageOnly(Protocol):
     logit_scale: float | None
 
     def score_image(self, images: Tensor) -> Tensor:
-        """(batch, 3, height, width) -> (batch,), in the units that the authors publish."""
+        """Score (batch, 3, height, width) as (batch,), in the units that the authors publish."""
         ...
 
 
@@ -56,7 +56,7 @@ class Joint(Protocol):
     logit_scale: float | None
 
     def score_pairs(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """(batch, 3, height, width) and one text for each -> (batch,). ContractError naming a text that is too long."""
+        """Score (batch, 3, height, width), one text for each, as (batch,). Raise TextTooLong naming the text."""
         ...
 
 
@@ -65,25 +65,23 @@ RewardModel = TwoTower | ImageOnly | Joint
 
 @runtime_checkable
 class Shrinks(Protocol):
-    """What a model of any of the three may offer besides, if its preprocessing begins with bytes."""
+    """What a model of any kind may offer in addition, if its preprocessing begins with bytes."""
 
     def shrink(self, images: Tensor) -> Tensor:
-        """Bytes (batch, 3, height, width) on the CPU -> bytes, mostly fewer, of which the model makes the same.
+        """Turn bytes (batch, 3, height, width) on the CPU into mostly fewer bytes, for which the model gives the same.
 
-        From any thread, beside the model's own.
+        May be called from any thread, while the model runs in its own.
         """
         ...
 
 
 class TextTooLong(ContractError):
-    """A text of more tokens than the reward reads."""
+    """A text with more tokens than the reward reads."""
 
     reason = "text_too_long"
 
 
 def check_length(text: str, num_tokens: int, max_tokens: int) -> None:
-    """Raise TextTooLong where the text does not fit: published code cuts such a text and says nothing."""
+    """Raise TextTooLong if the text does not fit: published code cuts such a text without a word."""
     if num_tokens > max_tokens:
-        raise TextTooLong(
-            f"text of {num_tokens} tokens, but this reward reads at most {max_tokens}; shorten it: {text!r}"
-        )
+        raise TextTooLong(f"text has {num_tokens} tokens, but this reward reads at most {max_tokens}; shorten {text!r}")

@@ -1,8 +1,8 @@
-"""A forward recorded once and run without Python: same numbers, and the interpreter is free for other requests.
+"""Record a forward once and run it without Python: the same numbers, and the interpreter is free for other requests.
 
-Of a small image tower on a CPU, Python between the operations takes a third of the time of one image, and holds the
-lock that decoding and HTTP need meanwhile. TorchScript's trace is deprecated, and still the only way of torch's to run
-eager kernels as they are: torch.export's modules run in Python again, torch.compile wants a compiler and new numbers.
+For a small image tower on a CPU, Python between the operations takes a third of the time of one image, and holds the
+lock that decoding and HTTP need. TorchScript's trace is deprecated, but torch has no other way to run eager kernels as
+they are: torch.export's modules run in Python again, torch.compile needs a compiler and gives other numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RECORDED, _OTHER = 2, 1  # images; few, for a large model takes seconds for eac
 
 
 class _Forward(nn.Module):
-    """A function of a model as a module, so that what is recorded has the model's weights as its own."""
+    """A function of a model as a module, so that the recording owns the model's weights."""
 
     def __init__(self, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class _Forward(nn.Module):
 
 
 def traced(model: nn.Module, forward: Callable[[Tensor], Tensor], image_shape: Sequence[int]) -> nn.Module:
-    """`forward` (batch, *image_shape) -> (batch, …) of any batch, for inference; `model` has all its weights.
+    """Record `forward`, (batch, *image_shape) -> (batch, …) of any batch, for inference; `model` has all its weights.
 
-    Raises WeightsError where the model does not take such images in any number, or where the recording differs.
+    Raise WeightsError if the model does not take such images in any number, or if the recording differs.
     """
     generator = torch.Generator().manual_seed(0)
     images, others = (torch.rand(number, *image_shape, generator=generator) for number in (_RECORDED, _OTHER))
@@ -44,7 +44,7 @@ def traced(model: nn.Module, forward: Callable[[Tensor], Tensor], image_shape: S
             again, expected = recorded(others), forward(others)
         except (RuntimeError, ValueError) as error:
             raise WeightsError(f"cannot record a forward of images {tuple(image_shape)}: {error}") from error
-    # NaN in weights is told when it makes a reward, with the image's name
+    # NaN in weights is reported when it makes a reward, with the image's index
     if again.shape != expected.shape or not torch.allclose(again, expected, rtol=1e-4, atol=1e-5, equal_nan=True):
         raise WeightsError("the recorded forward differs from the model's on a batch of another size")
     return recorded

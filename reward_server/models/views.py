@@ -1,7 +1,7 @@
-"""Global view and native-resolution crops: a 224-pixel downscale hides texture, a crop at full resolution shows it.
+"""Embed an image as a whole and in native-resolution crops, since a downscale to 224 pixels hides texture.
 
-With `crops: n` the image embedding is the mean of the unit embeddings of the whole image and of n crops. Similarity is
-linear in it, so similarity (and reward) is the mean over the views, at (n + 1) times the cost of one image.
+With `crops: n` the image embedding is the mean of the unit embeddings of the whole image and of n crops. Similarity and
+reward are linear in it, so they are means over the views, at (n + 1) times the cost of one image.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from reward_server.models.weights import WeightsArgs
 
 
 class ViewsArgs(WeightsArgs):
-    """Of a reward that can look at crops. 0: at the whole image alone."""
+    """Settings of a reward that can look at crops; 0: at the whole image alone."""
 
     crops: Annotated[int, Field(ge=0, le=16)] = 0
 
@@ -38,17 +38,17 @@ def embed_views(
     num_crops: int,
     crop_px: tuple[int, int],
 ) -> Tensor:
-    """Mean over the views of unit embeddings: (batch, embedding), in one forward of batch·(num_crops + 1) views."""
+    """Return the mean of the views' unit embeddings, (batch, embedding), from one forward of all views."""
     views = [images, *native_crops(images, num_crops, crop_px)]
     embeds = normalize(encode(torch.cat([preprocess(view) for view in views])), dim=-1)
     return embeds.unflatten(0, (len(views), len(images))).mean(dim=0)
 
 
 def native_crops(images: Tensor, num_crops: int, crop_px: tuple[int, int]) -> list[Tensor]:
-    """num_crops windows of crop_px (height, width) in a grid spread evenly from edge to edge, each (batch, 3, …).
+    """Cut num_crops windows of crop_px (height, width), in an even grid from edge to edge, each (batch, 3, …).
 
-    The grid has as many rows and columns as suit the image's shape; a window is cut to the image where that is
-    smaller. An image that is no larger than one window in both directions has no crops: it is its own.
+    The grid has as many rows and columns as suit the image's shape; a window is no larger than the image.
+    An image that is no larger than one window has no crops.
     """
     height, width = images.shape[-2:]
     window_height, window_width = min(crop_px[0], height), min(crop_px[1], width)
@@ -64,5 +64,5 @@ def native_crops(images: Tensor, num_crops: int, crop_px: tuple[int, int]) -> li
 
 
 def _starts(free_px: int, count: int) -> list[int]:
-    """Where `count` windows start that leave free_px: the first at 0, the last at free_px; a single one is centered."""
+    """Return where `count` windows start: the first at 0, the last at free_px; a single one is centered."""
     return [round(free_px * index / (count - 1)) for index in range(count)] if count > 1 else [free_px // 2]

@@ -1,4 +1,4 @@
-"""Where a reward's weights lie, and that they are the ones meant: local path or hub id, checksum, safe loading."""
+"""Find a reward's weights by local path or hub id, check their checksum, and load them safely."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class WeightsError(ValueError):
 
 
 class ChecksumError(WeightsError):
-    """The weights found are not those that `checksum` pins."""
+    """Weights that are not those that `checksum` pins."""
 
 
 class WeightsArgs(BaseModel):
-    """What every kind of reward says; a relative path is taken from the folder of reward_server.
+    """The keys of every kind of reward; a relative path starts at the folder that holds reward_server.
 
     placement: "ingress" loads it beside the HTTP app, the shortest way; "own" gives it a Serve deployment of its name,
     with replicas, autoscaling and environment of its own (deploy/serve.yaml).
@@ -40,12 +40,12 @@ class WeightsArgs(BaseModel):
 
     @property
     def num_views(self) -> int:
-        """How often a forward sees each image: what a batch costs is images times views."""
+        """Return how often a forward sees each image: a batch costs images times views."""
         return 1
 
     @property
     def version_suffix(self) -> str:
-        """What else than the weights makes the reward another one, to be told beside their checksum."""
+        """Return what else than the weights changes the reward, to be named beside their checksum."""
         return ""
 
 
@@ -53,7 +53,7 @@ _FOLDER_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 
 
 def find_folder(path: str) -> Path:
-    """A folder as transformers writes them: local or, for `owner/name`, the hub's snapshot. Raises WeightsError."""
+    """Return a folder as transformers writes it: local or, for `owner/name`, the hub's snapshot. Raise WeightsError."""
     if (ROOT / path).is_dir():  # an absolute path stays what it is
         return ROOT / path
     if Path(path).is_absolute() or path.count("/") != 1:
@@ -65,7 +65,7 @@ def find_folder(path: str) -> Path:
 
 
 def find_file(path: str) -> Path:
-    """A file of weights: local or, for `owner/name/file`, the hub's copy. Raises WeightsError."""
+    """Return a file of weights: local or, for `owner/name/file`, the hub's copy. Raise WeightsError."""
     if (ROOT / path).is_file():
         return ROOT / path
     if Path(path).is_absolute() or path.count("/") != 2:
@@ -90,7 +90,7 @@ def _download(repository: str, patterns: Sequence[str]) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights of a transformers folder, in the order of their names. Raises WeightsError if none."""
+    """Return the files of weights of a transformers folder, by name. Raise WeightsError if there are none."""
     if files := _weight_files(folder):
         return files
     raise WeightsError(f"{folder} has neither model*.safetensors nor pytorch_model*.bin")
@@ -101,9 +101,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def from_pretrained(model_class: Any, folder: Path) -> Any:
-    """A frozen float32 model of transformers with every weight read from the folder. Raises WeightsError otherwise.
+    """Load a frozen float32 model of transformers. Raise WeightsError unless every weight is read from the folder.
 
-    transformers itself fills what a file lacks with random numbers, and only warns.
+    transformers itself only warns, and fills a missing weight with random numbers.
     """
     try:
         model, info = model_class.from_pretrained(
@@ -119,7 +119,7 @@ def from_pretrained(model_class: Any, folder: Path) -> Any:
 
 
 def verified_checksum(files: Iterable[Path], args: WeightsArgs) -> str:
-    """ "sha256:…" over the files' bytes, in this order. ChecksumError where the arguments pin another one."""
+    """Return "sha256:…" of the files' bytes, in this order. Raise ChecksumError if the arguments pin another one."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -132,7 +132,7 @@ def verified_checksum(files: Iterable[Path], args: WeightsArgs) -> str:
 
 
 def load_state_dict(file: Path) -> dict[str, Any]:
-    """What torch.save wrote, tensors only (weights_only). WeightsError where it holds anything else."""
+    """Read what torch.save wrote, tensors only (weights_only). Raise WeightsError if the file holds anything else."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -143,7 +143,7 @@ def load_state_dict(file: Path) -> dict[str, Any]:
 
 
 def fill(model: nn.Module, state_dict: dict[str, Tensor], source: Path) -> None:
-    """Every weight of the model comes from the file and the other way round. WeightsError naming what differs."""
+    """Load every weight of the model from the file. Raise WeightsError naming a missing, extra or misshapen one."""
     try:
         model.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:

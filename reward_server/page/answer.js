@@ -6,8 +6,8 @@ const BAR_ENDS = [0.25, 0.5, 1, 2.5, 5, 10]; // a bar's full length: steps, so t
 const at = (id) => document.getElementById(id);
 
 /** `change`: by how much the reward moved since the try before, null where there was none. */
-export function showAnswer(question, answer, change) {
-  const { preference_scale: scale, isImageOnly } = question;
+export function showAnswer(request, answer, change) {
+  const { preference_scale: scale, isImageOnly } = request;
   const [positive, negative] = [answer.positive_similarity, answer.negative_similarity];
   at("result").dataset.state = "full";
   Object.assign(at("reward"), { value: answer.reward, textContent: plain(answer.reward) });
@@ -18,9 +18,9 @@ export function showAnswer(question, answer, change) {
   at("scorer").textContent = `Scored by ${shortened(answer.scorer)}`;
   at("request").textContent = `Request ${answer.request_id}`;
   at("scorer").title = answer.scorer;
-  showBars(question, [positive, negative]);
+  showBars(request, [positive, negative]);
   const moved = change === null ? "" : `, ${signed(change)}`;
-  const similarities = `${question.positive} ${plain(positive)}, ${question.negative} ${plain(negative)}`;
+  const similarities = `${request.positive} ${plain(positive)}, ${request.negative} ${plain(negative)}`;
   at("spoken").textContent = `Reward ${plain(answer.reward)}${moved}. ${isImageOnly ? "" : similarities}`;
 }
 
@@ -33,7 +33,7 @@ export function showNoAnswer(text) {
   at("sum").textContent = text;
 }
 
-/** What is on show no longer answers the question: an answer is under way, or was refused. */
+/** What is on show no longer answers the request: an answer is under way, or was refused. */
 export function markStale(isBusy) {
   const result = at("result");
   if (result.dataset.state === "full") result.dataset.state = "stale";

@@ -25,7 +25,7 @@ let edit = 0; // answers that come while one control is being used share a row o
 let inUse = null; // the control being used
 let again = start; // what "Try again" does
 
-// --- asking ---
+// --- the request ---
 
 async function start() {
   again = start;
@@ -41,7 +41,7 @@ async function start() {
   changed(0);
 }
 
-/** The question is another one: what is under way is stale; after a pause the service is asked. */
+/** Marks the answer as stale after a change of the request, and sends the new one after a pause. */
 function changed(pauseMs = PAUSE_MS) {
   clearTimeout(timer);
   asking?.abort();
@@ -64,21 +64,21 @@ async function ask() {
   again = ask;
   at("failure").hidden = true;
   markStale(true);
-  const question = readQuestion();
+  const request = readRequest();
   let answer;
   try {
-    answer = await score(await bodyOf(question), mine.signal);
+    answer = await score(await bodyOf(request), mine.signal);
   } catch (error) {
     if (!mine.signal.aborted) showRefusal(error);
     return;
   }
-  if (mine.signal.aborted) return; // a newer question has taken over
+  if (mine.signal.aborted) return; // a newer request has taken over
   markStale(false);
-  showAnswer(question, answer, history.add({ ...question, scorer: answer.scorer, reward: answer.reward }));
+  showAnswer(request, answer, history.add({ ...request, scorer: answer.scorer, reward: answer.reward }));
   setMap(answer.heat_map ?? null);
 }
 
-function readQuestion() {
+function readRequest() {
   const texts = Object.fromEntries(TEXTS.map((name) => [name, at(name).value.trim() || UNREAD]));
   const preference_scale = at("scale").valueAsNumber;
   return { picture, edit, model: at("model").value, isImageOnly: isImageOnly(), preference_scale, ...texts };
@@ -189,8 +189,8 @@ function showScale() {
   at("scale-value").textContent = at("scale").valueAsNumber.toFixed(2);
 }
 
-function wireQuestion() {
-  at("question").addEventListener("submit", (event) => {
+function wireRequest() {
+  at("request-form").addEventListener("submit", (event) => {
     event.preventDefault();
     for (const name of TEXTS) touched.add(name);
     changed(0);
@@ -266,7 +266,7 @@ function wireRefusal() {
   });
 }
 
-wireQuestion();
+wireRequest();
 wirePicture();
 wireMap();
 wireRefusal();

@@ -21,8 +21,8 @@ export async function listRewards() {
 }
 
 /** One picture under one pair: {request_id, scorer, reward, positive_similarity, negative_similarity, heat_map?}. */
-export async function score(question, signal) {
-  const { image, ...rest } = question;
+export async function score(request, signal) {
+  const { image, ...rest } = request;
   const answer = await ask("v1/score", {
     method: "POST",
     body: JSON.stringify({ images: [image], ...rest }),

@@ -1,9 +1,9 @@
-"""What waits while the model is busy is its next batch: no timer, so a lone caller never waits, and a bounded queue.
+"""Batch requests over callers: what waits while the model is busy is the next batch. No timer; a bounded queue.
 
     batcher = Batcher(score_batch, max_batch_images=64, max_queued_images=512)
-    answer = await batcher.submit(job)       # raises Overloaded when too much waits already
+    answer = await batcher.submit(job)       # raises Overloaded if too many images wait already
 
-Knows neither torch nor ray; lives in one event loop.
+Imports neither torch nor ray; for use in one event loop.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AnswerT = TypeVar("AnswerT")
 
 
 class Overloaded(RuntimeError):
-    """Too much waits already. `retry_after_s`: whole seconds after which what waits now should be done."""
+    """Too much waits already. `retry_after_s`: whole seconds until what waits now should be done."""
 
     def __init__(self, reason: str, retry_after_s: int = 1) -> None:
         super().__init__(reason, retry_after_s)  # both, so that it survives pickling between replicas
@@ -53,7 +53,7 @@ class _Waiting(Generic[JobT, AnswerT]):
 
 
 class Batcher(Generic[JobT, AnswerT]):
-    """Runs `score_batch` on one batch after another; it returns one answer for each job, in order."""
+    """Runs `score_batch`, which returns one answer for each job in order, on one batch after another."""
 
     def __init__(
         self,
@@ -72,9 +72,9 @@ class Batcher(Generic[JobT, AnswerT]):
         self._worker: asyncio.Task[None] | None = None
 
     async def submit(self, job: JobT) -> AnswerT:
-        """The job's answer. Raises Overloaded, or whatever score_batch raised for the job alone.
+        """Return the job's answer. Raise Overloaded, or what score_batch raised for the job alone.
 
-        A job larger than the whole queue is taken when nothing else waits: it could never be otherwise.
+        A job larger than the whole queue is taken if nothing else waits; otherwise it could never be.
         """
         if self._queue and self._queued_images + job.num_images > self._max_queued_images:
             wait_s = math.ceil(self._queued_images * self._seconds_per_image)
@@ -87,8 +87,8 @@ class Batcher(Generic[JobT, AnswerT]):
         return await waiting.answer
 
     async def _work(self) -> None:
-        """One batch after another until nothing waits."""
-        await asyncio.sleep(0)  # who became ready in the same turn of the loop comes along
+        """Score one batch after another until nothing waits."""
+        await asyncio.sleep(0)  # jobs submitted in the same turn of the loop join the batch
         while batch := self._next_batch():
             start = time.perf_counter()
             for each in batch:
@@ -96,7 +96,7 @@ class Batcher(Generic[JobT, AnswerT]):
             await self._score(batch)
 
     async def _score(self, batch: list[_Waiting[JobT, AnswerT]]) -> None:
-        """Answer the batch's jobs. Where it fails as a whole each runs alone: only who is at fault shall fail."""
+        """Answer the batch's jobs. If the batch fails, score each job alone, so that only the faulty one fails."""
         start = time.perf_counter()
         outcome = asyncio.ensure_future(self._score_batch([each.job for each in batch]))
         await asyncio.wait([outcome])
@@ -117,7 +117,7 @@ class Batcher(Generic[JobT, AnswerT]):
                     await self._score([each])
 
     def _next_batch(self) -> list[_Waiting[JobT, AnswerT]]:
-        """The jobs that waited longest, as many as fit, at least one; those whose callers have gone are dropped."""
+        """Take the jobs that waited longest, as many as fit and at least one; drop those whose callers have gone."""
         batch: list[_Waiting[JobT, AnswerT]] = []
         num_images = 0
         while self._queue and (not batch or num_images + self._queue[0].job.num_images <= self._max_batch_images):

@@ -1,4 +1,4 @@
-"""Several rewards' answers to one request become one: Σ weight · reward, and the image gradient likewise.
+"""Combine the answers of several rewards to one request: Σ weight · reward, and the image gradient likewise.
 
 response = await score_all(request, lambda reward: worker.score(Job(request, reward, request_id)))
 """
@@ -16,13 +16,13 @@ from services.contract import ContractError, Images, RewardRequest, RewardRespon
 
 
 class NotFinite(ContractError):
-    """A reward or gradient that is no number; the text names the image."""
+    """A reward or gradient that is not finite; the text names the image."""
 
     reason = "not_finite"
 
 
 async def score_all(request: RewardRequest, score_alone: Callable[[str], Awaitable[RewardResponse]]) -> RewardResponse:
-    """All the request's rewards at once, each by `score_alone`, combined. Raises what it raises, and as `combine`."""
+    """Score all the request's rewards at once by `score_alone`; combine them. Raise what it and `combine` raise."""
     responses = await asyncio.gather(*(score_alone(reward.name) for reward in request.rewards))
     if request.with_gradient:  # megabytes: not on the event loop
         return await asyncio.to_thread(combine, request, responses)
@@ -30,9 +30,9 @@ async def score_all(request: RewardRequest, score_alone: Callable[[str], Awaitab
 
 
 def combine(request: RewardRequest, responses: Sequence[RewardResponse]) -> RewardResponse:
-    """The answer to `request`; `responses` are those of its rewards alone, in order, with float32 image gradients.
+    """Return the answer to `request` from `responses`, one of each of its rewards, in order, with float32 gradients.
 
-    Raises NotFinite naming an image whose sum is not finite, or whose gradient does not fit gradient_dtype.
+    Raise NotFinite naming an image whose sum is not finite, or whose gradient does not fit gradient_dtype.
     """
     weights = [reward.weight for reward in request.rewards]
     with np.errstate(over="ignore", invalid="ignore"):  # found, and named, below
@@ -63,7 +63,7 @@ def _combined_gradient(weights: Sequence[float], gradients: Sequence[Images], dt
 
 
 def _weighted_sum(weights: Sequence[float], arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """float32; the array itself where there is nothing to do, since gradients are large."""
+    """Return Σ weight · array in float32; the array itself if there is nothing to do, since gradients are large."""
     if _is_as_scored(weights, "float32"):
         return arrays[0]
     total = np.float32(weights[0]) * arrays[0]

@@ -1,10 +1,9 @@
-"""Requests of many callers in, their answers out: group what fits into one forward, score, split again.
+"""Score requests of many callers together: group the images that fit into one forward, score, split the answers.
 
     scorer = Scorer({"fluent-clip": ClipArgs(kind="clip", path="deploy/tiny/reward")})
     (response,) = scorer.score([Job(request, "fluent-clip", request_id="1")])
 
-A job is scored by one reward; combine.py adds several up. Blocking and not thread-safe: whoever serves it gives it
-one thread (deployment.py).
+A job has one reward; combine.py adds several up. Blocking and not thread-safe: worker.py gives it one thread.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from torch import Tensor
 from reward_server.metrics import BATCH_IMAGES, IMAGES, Record, ignore, phase
 from reward_server.models import AnyArgs
 from reward_server.models.preprocess import as_float
-from reward_server.scoring.catalog import UnknownReward
 from reward_server.scoring.combine import NotFinite
-from reward_server.scoring.served import Prepared, ServedReward
+from reward_server.scoring.loaded_reward import LoadedReward, Prepared
+from reward_server.scoring.reward_info import UnknownReward
 from reward_server.scoring.srp import value, value_for_gradient
 from services.contract import ContractError, Images, RewardRequest, RewardResponse
 
@@ -47,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """Images of one job, one size and one dtype: `first` is their place in the job."""
+    """Images of one job that have one size and dtype; `first` is the index of the first one in the job."""
 
     job: int
     first: int
@@ -67,7 +66,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Outcome:
-    """What became of a part, on the CPU: (batch,) three times, and the gradient in the shape of its images."""
+    """The result of a part, on the CPU: (batch,) three times, and the gradient in the shape of its images."""
 
     first: int
     rewards: Tensor
@@ -77,7 +76,7 @@ class _Outcome:
 
 
 class Scorer:
-    """The rewards of this process, loaded: `rewards`, by name, in the order of the configuration."""
+    """Loads the rewards of this process: `rewards`, by name, in the order of the configuration."""
 
     def __init__(
         self,
@@ -86,16 +85,16 @@ class Scorer:
         num_cached_texts: int = 4096,
         record: Record = ignore,
     ) -> None:
-        self.rewards = {name: ServedReward(name, args, num_cached_texts, record) for name, args in rewards.items()}
+        self.rewards = {name: LoadedReward(name, args, num_cached_texts, record) for name, args in rewards.items()}
         self._max_batch_images = max_batch_images
         self._record = record
 
     def score(self, jobs: Sequence[Job]) -> list[Answer]:
-        """One answer per job, in order; weights are not applied, image gradients are float32.
+        """Return one answer per job, in order; weights are not applied, image gradients are float32.
 
-        Images of one size under one reward share forwards, whoever sent them and, where a gradient is asked for, in
-        whatever dtype. Without one, bytes stay bytes, for they are resized sooner (models/preprocess.py); mixed with
-        floats they would have to become floats, and a score would depend on who else asks.
+        Images of one size under one reward share forwards, whoever sent them and, if a gradient is requested, in any
+        dtype. Without a gradient bytes stay bytes, which models/preprocess.py resizes faster; mixed with floats they
+        would have to become floats, and a score would depend on what other callers send.
         """
         outcomes: list[list[_Outcome] | ContractError] = [[] for _ in jobs]
         for (name, with_gradient, *_), group in self._groups(jobs, outcomes).items():
@@ -112,16 +111,16 @@ class Scorer:
         ]
 
     def bytes_to_shrink(self, job: Job) -> int:
-        """How many it has that the reward's model would resize as such; 0: nothing to be done before its turn."""
+        """Return how many bytes of images `shrunk` could shrink; 0 if it need not be called."""
         reward, request = self.rewards.get(job.reward), job.request
         if reward is None or request.with_gradient or reward.shrink is None:
             return 0
         return sum(image.nbytes for image in request.images if image.dtype == np.uint8)
 
     def shrunk(self, job: Job) -> Job:
-        """A job that has `bytes_to_shrink`, with its bytes at the model's size; its answer stays the same.
+        """Return a job that has `bytes_to_shrink` with its images at the model's size; its answer stays the same.
 
-        From any thread: so that images are resized before the model's turn, and those of all sizes share forwards.
+        May be called from any thread, so that images are resized while the model is busy and all sizes share forwards.
         """
         shrink, images = self.rewards[job.reward].shrink, job.request.images
         assert shrink is not None
@@ -136,7 +135,7 @@ class Scorer:
     def _groups(
         self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | ContractError]
     ) -> dict[tuple[str, bool, bool, tuple[int, ...]], list[_Part]]:
-        """The parts that may share a forward; a job that cannot be scored at all gets its error as its outcome."""
+        """Group the parts that may share a forward; a job that cannot be scored gets its error as its outcome."""
         groups = defaultdict(list)
         for index, job in enumerate(jobs):
             try:
@@ -150,19 +149,19 @@ class Scorer:
                 groups[job.reward, with_gradient, stay_bytes, part.images.shape[1:]].append(part)
         return groups
 
-    def _reward(self, name: str) -> ServedReward:
+    def _reward(self, name: str) -> LoadedReward:
         if name not in self.rewards:
             raise UnknownReward(f"reward {name!r} is not served here; served: {', '.join(self.rewards)}")
         return self.rewards[name]
 
     def _score_group(
-        self, reward: ServedReward, with_gradient: bool, group: list[_Part]
+        self, reward: LoadedReward, with_gradient: bool, group: list[_Part]
     ) -> Sequence[_Outcome | ContractError]:
-        """One outcome for each part; a forward is of at most max_batch_images views, or of one image."""
+        """Return one outcome for each part; a forward has at most max_batch_images views, or one image."""
         max_images = max(1, self._max_batch_images // reward.num_views)
         try:
             chunks = [self._score_chunk(reward, with_gradient, chunk) for chunk in _chunks(group, max_images)]
-        except ContractError as error:  # a text too long for a model that reads image and text together: whose is it?
+        except ContractError as error:  # a text is too long for a joint model: find whose
             jobs = [list(parts) for _, parts in groupby(group, key=lambda part: part.job)]
             if len(jobs) == 1:
                 return [error] * len(group)
@@ -171,10 +170,10 @@ class Scorer:
         columns = [_cat(list(column)).split(sizes) for column in zip(*chunks, strict=True)]
         return [_Outcome(part.first, *row) for part, row in zip(group, zip(*columns, strict=True), strict=True)]
 
-    def _score_chunk(self, reward: ServedReward, with_gradient: bool, chunk: list[_Part]) -> list[Tensor]:
-        """Rewards, positive and negative similarities, and the image gradient if asked for: of all the chunk's images.
+    def _score_chunk(self, reward: LoadedReward, with_gradient: bool, chunk: list[_Part]) -> list[Tensor]:
+        """Return rewards, positive and negative similarities, and the image gradient if requested, of all images.
 
-        They are on the CPU; getting them there waits for the device, so that the times are those of the work.
+        They are on the CPU: copying them waits for the device, so that the recorded times are those of the work.
         """
         images = _joined([part.images for part in chunk], reward.device, stay_bytes=not with_gradient)
         similarities = reward.similarities([each for part in chunk for each in part.prepared])
@@ -212,7 +211,7 @@ class Scorer:
 
 
 def _parts(index: int, request: RewardRequest, prepared: Sequence[Prepared]) -> list[_Part]:
-    """Stacked images stay together; mixed ones are one part each."""
+    """Part a request: stacked images stay together, images of mixed sizes are one part each."""
     if isinstance(request.images, np.ndarray):
         return [_Part(index, 0, request.images, prepared, request.preference_scales)]
     return [
@@ -222,7 +221,7 @@ def _parts(index: int, request: RewardRequest, prepared: Sequence[Prepared]) -> 
 
 
 def _chunks(group: list[_Part], max_images: int) -> Iterator[list[_Part]]:
-    """The group's images in order, max_images at a time."""
+    """Yield the group's images in order, max_images at a time."""
     chunk: list[_Part] = []
     free = max_images
     for part in group:
@@ -239,9 +238,9 @@ def _chunks(group: list[_Part], max_images: int) -> Iterator[list[_Part]]:
 
 
 def _joined(stacks: Sequence[NDArray[Any]], device: torch.device, stay_bytes: bool) -> Tensor:
-    """float32 in [0, 1] on the device, of all stacks, or bytes on the CPU where they may stay that and all are.
+    """Join stacks as float32 in [0, 1] on the device, or as bytes on the CPU if all are and may stay bytes.
 
-    Joined as they are, since bytes are the least to copy.
+    They are joined before they become floats: bytes are the least to copy.
     """
     by_dtype = [_one_dtype(list(group)) for _, group in groupby(stacks, key=lambda stack: stack.dtype)]
     if stay_bytes and by_dtype[0].dtype == torch.uint8:
@@ -260,7 +259,7 @@ def _cat(tensors: list[Tensor]) -> Tensor:
 
 
 def _image_gradient(request: RewardRequest, outcomes: list[_Outcome]) -> Images | None:
-    """In the layout of the request's images."""
+    """Return the gradient in the layout of the request's images."""
     gradients = [each.image_gradient.numpy() for each in outcomes if each.image_gradient is not None]
     if not gradients:
         return None
@@ -268,7 +267,7 @@ def _image_gradient(request: RewardRequest, outcomes: list[_Outcome]) -> Images 
 
 
 def _first_not_finite(outcome: _Outcome) -> int | None:
-    """The first image whose reward or gradient is not finite. A sum tells, in one pass over the gradient."""
+    """Return the first image whose reward or gradient is not finite. A sum tells, in one pass over the gradient."""
     checks = outcome.rewards
     if outcome.image_gradient is not None:
         checks = checks + outcome.image_gradient.sum(dim=(1, 2, 3))

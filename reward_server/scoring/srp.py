@@ -1,7 +1,7 @@
-"""The relative reward of an image under a prompt pair, and its gradient: arithmetic on similarities, nothing else.
+"""Compute the relative reward of an image under a prompt pair, and its gradient, from similarities.
 
-SRPO scores one image under two texts (arXiv 2509.06942, section 3.3; guidance form): r = (1 + k)·pos − neg. Where
-image and text are embedded apart, both similarities come from one image forward, and r from one backward.
+SRPO scores one image under two texts (arXiv 2509.06942, section 3.3; guidance form): r = (1 + k)·pos − neg. A model
+that embeds image and text apart needs one image forward for both similarities, and one backward for the gradient.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class PairReward:
 
 
 def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Of each image with its own text: (batch, embedding) twice -> (batch,); the cosine where both have length one."""
+    """Return each image's similarity to its own text, (batch,), from (batch, embedding) twice: their dot product."""
     return (image_embeds * text_embeds).sum(dim=-1)
 
 
 def relative_reward(positive: Tensor, negative: Tensor, preference_scale: Tensor) -> PairReward:
-    """(1 + k)·pos − neg for each image; similarities and preference_scale k (batch,)."""
+    """Return (1 + k)·pos − neg for each image; similarities and preference_scale k are (batch,)."""
     return PairReward((1 + preference_scale) * positive - negative, positive, negative)
 
 
 def value(similarities: Similarities, images: Tensor, preference_scale: Tensor) -> PairReward:
-    """The rewards alone: one forward, no gradient."""
+    """Return the rewards alone: one forward, no gradient."""
     with torch.inference_mode():
         return relative_reward(*similarities(images), preference_scale)
 
@@ -44,7 +44,7 @@ def value(similarities: Similarities, images: Tensor, preference_scale: Tensor) 
 def value_for_gradient(
     similarities: Similarities, images: Tensor, preference_scale: Tensor
 ) -> tuple[PairReward, Callable[[], Tensor]]:
-    """The rewards, and what computes ∂ reward / ∂ image (batch, 3, height, width) of every image in one backward.
+    """Return the rewards, and a function that computes ∂ reward / ∂ image (batch, 3, height, width) in one backward.
 
     similarities must treat the images of a batch independently: then the gradient of the sum is each image's own.
     """

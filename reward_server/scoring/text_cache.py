@@ -1,4 +1,4 @@
-"""The text embeddings that were wanted last: training prompts come back every epoch, control words with every image."""
+"""Cache text embeddings: training prompts come again every epoch, control words with every image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reward_server.metrics import TEXT_CACHE_HITS, TEXT_CACHE_MISSES, Record
 
 
 class TextCache:
-    """One reward's text embeddings, the num_texts used last."""
+    """Keeps one reward's text embeddings, the num_texts used last."""
 
     def __init__(self, reward: str, embed: Callable[[Sequence[str]], Tensor], num_texts: int, record: Record) -> None:
         self._embed = embed
@@ -21,11 +21,11 @@ class TextCache:
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()
 
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
-        """(embedding,) for each text. Raises ContractError naming a text that is too long for the reward."""
+        """Return (embedding,) for each text. Raise ContractError naming a text that is too long for the reward."""
         unseen = [text for text in dict.fromkeys(texts) if text not in self._embeds]
         if unseen:
             rows = self._embed(unseen)
-            self._embeds |= {text: row.clone() for text, row in zip(unseen, rows, strict=True)}  # not the whole batch's
+            self._embeds |= {text: row.clone() for text, row in zip(unseen, rows, strict=True)}  # no views of rows
             self._record(TEXT_CACHE_MISSES, len(unseen), self._labels)
         if len(unseen) < len(texts):
             self._record(TEXT_CACHE_HITS, len(texts) - len(unseen), self._labels)

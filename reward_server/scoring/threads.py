@@ -1,7 +1,7 @@
-"""What would make the other callers wait leaves the event loop; what takes less than the way to a thread stays on it.
+"""Run long work in a thread, so that the event loop serves other callers; short work stays on the loop.
 
-Not starlette's run_in_threadpool: its threads end with the task that called first, and under Ray Serve each request is
-such a task, so each would start threads of its own. These stay, and they are few: Python runs one of them at a time.
+This does not use starlette's run_in_threadpool: its threads end with the task that first called it, and under Ray Serve
+each request is such a task, so each would start threads of its own. The threads here stay, and they are few.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ _MAX_INLINE_BYTES = 1 << 20
 _Result = TypeVar("_Result")
 
 
-async def off_loop(function: Callable[..., _Result], *arguments: object) -> _Result:
+async def in_thread(function: Callable[..., _Result], *arguments: object) -> _Result:
+    """Return function(*arguments), called in a thread."""
     return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
 
 
-async def off_loop_if_large(num_bytes: int, function: Callable[..., _Result], *arguments: object) -> _Result:
-    """`function` works on so many bytes."""
+async def in_thread_if_large(num_bytes: int, function: Callable[..., _Result], *arguments: object) -> _Result:
+    """Return function(*arguments), called in a thread if it works on many bytes."""
     if num_bytes <= _MAX_INLINE_BYTES:
         return function(*arguments)
-    return await off_loop(function, *arguments)
+    return await in_thread(function, *arguments)

@@ -65,7 +65,8 @@ def test_the_tables_have_the_demos_numbers() -> None:
         for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
         if line.startswith(tuple(f"| {name} |" for name in cells))
     }
-    assert brief and brief <= rows
+    assert brief
+    assert brief <= rows
 
 
 def test_no_prompt_is_in_two_files() -> None:

@@ -29,7 +29,7 @@ pytestmark = [
 
 def ask(url: str, picture: Path, preference_scale: float) -> dict[str, Any]:
     """The service's own answer to what `Visit.fill` types."""
-    question = {
+    request = {
         "images": [base64.b64encode(picture.read_bytes()).decode()],
         "prompt": "grinning face",
         "positive": "3D",
@@ -37,7 +37,7 @@ def ask(url: str, picture: Path, preference_scale: float) -> dict[str, Any]:
         "preference_scale": preference_scale,
         "with_heat_map": True,
     }
-    (result,) = httpx.post(url + SCORE_PATH, json=question, timeout=60).raise_for_status().json()["results"]
+    (result,) = httpx.post(url + SCORE_PATH, json=request, timeout=60).raise_for_status().json()["results"]
     return result
 
 
@@ -116,12 +116,10 @@ def test_a_picture_can_be_dropped_or_pasted(visit: Open, url: str, face: Path) -
         here.wait_for_tries(count + 1)
 
 
-def test_a_new_question_gives_up_the_old_one(visit: Open, url: str, face: Path) -> None:
+def test_a_new_request_gives_up_the_old_one(visit: Open, url: str, face: Path) -> None:
     here = visit(url)
     held: list[Route] = []
-    here.page.route(
-        f"**{SCORE_PATH}", lambda route: held.append(route), times=1
-    )  # the first question is never answered
+    here.page.route(f"**{SCORE_PATH}", lambda route: held.append(route), times=1)  # the first request is never answered
     here.choose(face)
     with here.page.expect_request(f"**{SCORE_PATH}") as first:
         here.fill()

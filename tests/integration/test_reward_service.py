@@ -6,13 +6,10 @@ import json
 import signal
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -30,24 +27,30 @@ from reward_server.scoring.scorer import Job, Scorer
 from services.clients.jobs import request_headers
 from services.clients.reward import RewardClient, RewardRejected
 from services.contract import (
-    MEDIA_TYPE,
     MODELS_PATH,
     READY_PATH,
     REWARDS_PATH,
-    PromptPair,
     RewardRequest,
     RewardResponse,
-    WeightedReward,
+)
+from tests.integration.reward_requests import (
+    AUTHORIZED,
+    BESIDE,
+    KEY,
+    NUM_CALLERS,
+    make_request,
+    post,
+    score_all,
+    under_way,
+    wait_until,
 )
 from tests.tiny_models import make_tiny_clip
 
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
-NUM_CALLERS = 8
 MAX_BATCH_IMAGES = 8
 APPLICATIONS_PATH = "/api/serve/applications/"  # of the dashboard
-BESIDE, APART = "beside-clip", "apart-clip"
-FORMER_KEY, KEY = "former-key", "key-of-these-tests"
-AUTHORIZED = {"authorization": f"Bearer {KEY}"}
+APART = "apart-clip"
+FORMER_KEY = "former-key"
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +102,6 @@ def client(services: LocalServices) -> Iterator[RewardClient]:
         yield client
 
 
-def make_request(seed: int, batch: int, size_px: int = 32, rewards: dict[str, float] | None = None) -> RewardRequest:
-    images = np.random.default_rng(seed).integers(0, 256, (batch, 3, size_px, size_px), dtype=np.uint8)
-    pairs = tuple(PromptPair(f"subject {seed} {index}", "3D", "Flat") for index in range(batch))
-    weighted = tuple(WeightedReward(name, weight) for name, weight in (rewards or {BESIDE: 1.0}).items())
-    return RewardRequest(images, pairs, (0.1,) * batch, weighted)
-
-
 def expected(scorer: Scorer, request: RewardRequest) -> RewardResponse:
     answers = scorer.score([Job(request, reward.name, "local") for reward in request.rewards])
     return combine(request, [answer for answer in answers if isinstance(answer, RewardResponse)])
@@ -118,39 +114,6 @@ def assert_right(scorer: Scorer, request: RewardRequest, answer: RewardResponse)
     np.testing.assert_allclose(np.asarray(answer.image_gradient), np.asarray(local.image_gradient), atol=1e-6)
 
 
-def ask_all(client: RewardClient, requests: list[RewardRequest]) -> list[RewardResponse]:
-    with ThreadPoolExecutor(NUM_CALLERS) as callers:
-        return list(callers.map(client.score, requests))
-
-
-def post(url: str, request: RewardRequest) -> httpx.Response:
-    """Without a second attempt."""
-    headers = {"content-type": MEDIA_TYPE, **AUTHORIZED}
-    return httpx.post(url + REWARDS_PATH, content=request.to_bytes(), headers=headers, timeout=120)
-
-
-@contextmanager
-def under_way(url: str, request: RewardRequest) -> Iterator[Future[httpx.Response]]:
-    """The answer to a request of which the last byte is sent at the end of the block, and all before at its start."""
-    body = request.to_bytes()
-    has_begun, may_end = threading.Event(), threading.Event()
-
-    def slowly() -> Iterator[bytes]:
-        yield body[:-1]
-        has_begun.set()
-        assert may_end.wait(timeout=60)
-        yield body[-1:]
-
-    headers = {"content-type": MEDIA_TYPE, **AUTHORIZED}
-    with ThreadPoolExecutor(1) as caller:
-        answer = caller.submit(httpx.post, url + REWARDS_PATH, content=slowly(), headers=headers, timeout=120)
-        try:
-            assert has_begun.wait(timeout=60)
-            yield answer
-        finally:
-            may_end.set()
-
-
 def replicas_leave(services: LocalServices) -> bool:
     api = f"{services.settings.dashboard_url}{APPLICATIONS_PATH}"
     applications = requests.get(api, headers=request_headers(), timeout=30).json()["applications"]
@@ -158,25 +121,19 @@ def replicas_leave(services: LocalServices) -> bool:
     return any(each["state"] == "STOPPING" for each in deployments.get("RewardService", {}).get("replicas", []))
 
 
-def wait_until(is_so: Callable[[], Any], timeout_s: float = 120.0) -> Any:
-    """What it says once it is true; it waits for the network itself."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := is_so()):
-        assert time.monotonic() < deadline, f"not so after {timeout_s} s"
-    return found
-
-
 @pytest.mark.slow
 def test_callers_at_once_get_what_the_scorer_gives_each_alone(client: RewardClient, scorer: Scorer) -> None:
-    asked = [make_request(seed, batch=1 + seed % 3, size_px=32 + 8 * (seed % 2)) for seed in range(2 * NUM_CALLERS)]
-    asked.append(make_request(99, batch=20))  # larger than a batch, and than the queue
-    asked.append(
+    sent_requests = [
+        make_request(seed, batch=1 + seed % 3, size_px=32 + 8 * (seed % 2)) for seed in range(2 * NUM_CALLERS)
+    ]
+    sent_requests.append(make_request(99, batch=20))  # larger than a batch, and than the queue
+    sent_requests.append(
         replace(make_request(7, 2), images=(np.zeros((3, 32, 40), np.uint8), np.ones((3, 48, 32), np.float32)))
     )
-    for request, answer in zip(asked[:-1], ask_all(client, asked[:-1]), strict=True):
+    for request, answer in zip(sent_requests[:-1], score_all(client, sent_requests[:-1]), strict=True):
         assert_right(scorer, request, answer)
-    mixed = client.score(asked[-1])
-    np.testing.assert_allclose(mixed.rewards, expected(scorer, asked[-1]).rewards, atol=1e-6)
+    mixed = client.score(sent_requests[-1])
+    np.testing.assert_allclose(mixed.rewards, expected(scorer, sent_requests[-1]).rewards, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -193,16 +150,16 @@ def test_a_reward_with_replicas_of_its_own_is_loaded_on_demand_and_combined(
 def test_overload_is_503_with_retry_after_and_a_client_that_obeys_loses_nothing(
     client: RewardClient, scorer: Scorer
 ) -> None:
-    asked = [make_request(seed, batch=MAX_BATCH_IMAGES, size_px=384) for seed in range(2 * NUM_CALLERS)]
-    with ThreadPoolExecutor(len(asked)) as callers:
-        answers = list(callers.map(lambda request: post(client.url, request), asked))
+    sent_requests = [make_request(seed, batch=MAX_BATCH_IMAGES, size_px=384) for seed in range(2 * NUM_CALLERS)]
+    with ThreadPoolExecutor(len(sent_requests)) as callers:
+        answers = list(callers.map(lambda request: post(client.url, request), sent_requests))
     refused = [answer for answer in answers if answer.status_code != httpx.codes.OK]
     assert refused, "the queue never filled"
     for answer in refused:
         assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.json()["request_id"] == answer.headers["x-request-id"]
-    for request, response in zip(asked, ask_all(client, asked), strict=True):
+    for request, response in zip(sent_requests, score_all(client, sent_requests), strict=True):
         assert_right(scorer, request, response)
 
 
@@ -220,7 +177,7 @@ def test_callers_share_forwards_as_rays_prometheus_export_tells(services: LocalS
 
     num_images = 8 * NUM_CALLERS
     before = value(f"{IMAGES.name}_total", reward=APART)
-    ask_all(client, [make_request(0, batch=1, rewards={APART: 1.0})] * num_images)
+    score_all(client, [make_request(0, batch=1, rewards={APART: 1.0})] * num_images)
     wait_until(lambda: value(f"{IMAGES.name}_total", reward=APART) >= before + num_images)
     assert value(f"{BATCH_IMAGES.name}_count", reward=APART) < num_images
     assert value(f"{TEXT_CACHE_HITS.name}_total", reward=APART) >= 2 * (num_images - 1)
@@ -303,20 +260,20 @@ def test_killing_a_replica_under_load_loses_no_answer(
     def replicas() -> list[psutil.Process]:
         return [each for each in services.ray.members() if "RewardService" in " ".join(each.cmdline())]
 
-    asked = [make_request(seed, batch=1 + seed % 4) for seed in range(20 * NUM_CALLERS)]
+    sent_requests = [make_request(seed, batch=1 + seed % 4) for seed in range(20 * NUM_CALLERS)]
     has_answered = threading.Event()
 
-    def ask(request: RewardRequest) -> RewardResponse:
+    def score(request: RewardRequest) -> RewardResponse:
         answer = client.score(request)
         has_answered.set()
         return answer
 
     (victim,) = wait_until(lambda: found if len(found := replicas()) == 1 else [])  # an old version has left
     with ThreadPoolExecutor(NUM_CALLERS) as callers:
-        answers = callers.map(ask, asked)
+        answers = callers.map(score, sent_requests)
         assert has_answered.wait(timeout=60)
         victim.send_signal(signal.SIGKILL)
-        for request, answer in zip(asked, answers, strict=True):
+        for request, answer in zip(sent_requests, answers, strict=True):
             assert_right(scorer, request, answer)
     assert victim.pid not in {each.pid for each in replicas()}
     assert httpx.get(client.url + READY_PATH).status_code == httpx.codes.OK

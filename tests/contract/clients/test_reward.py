@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reward_server.http.app import build_app
-from reward_server.scoring.catalog import RewardInfo
+from reward_server.scoring.reward_info import RewardInfo
 from reward_server.scoring.worker import Worker
 from services.clients.reward import (
     AsyncRewardClient,

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from reward_server.http.access import key_fingerprint
-from reward_server.http.access_log import log_as_json
 from reward_server.http.app import build_app
 from reward_server.http.limits import Limits
 from reward_server.scoring.worker import Worker
@@ -123,19 +122,14 @@ def test_a_body_that_trickles_is_given_up_and_its_connection_closed(
     assert (0.3 if pause_s is None else 1.0) <= seconds < 60
 
 
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    logger = logging.getLogger("reward_server")
-    before = logger.handlers, logger.propagate, logger.level
-    stream = io.StringIO()
-    log_as_json(stream)
-    yield stream
-    logger.handlers, logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
-
-
 def lines_of(log: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.getvalue().splitlines()]
+
+
+def test_every_module_of_the_service_logs_in_json(log: io.StringIO) -> None:
+    logging.getLogger("reward_server.scoring.batching").warning("a batch failed")
+    (line,) = lines_of(log)
+    assert (line["level"], line["message"]) == ("WARNING", "a batch failed")
 
 
 def test_a_request_is_one_line_of_json(worker: Worker, log: io.StringIO) -> None:

@@ -43,7 +43,7 @@ def test_a_body_beyond_the_budget_is_turned_away_until_there_is_room(worker: Wor
                 refused = await http.post(REWARDS_PATH, content=BODY)
                 assert refused.status_code == 503
                 assert int(refused.headers["retry-after"]) >= 1
-                assert f"{len(BODY)} bytes of requests are in work" in refused.json()["error"]
+                assert f"{len(BODY)} bytes of requests are in flight" in refused.json()["error"]
             may_end.set()
             assert (await first).status_code == 200
             assert (await http.post(REWARDS_PATH, content=b"nonsense")).status_code == 422

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from reward_server.http.app import build_app
 from reward_server.http.limits import Limits
-from reward_server.http.requests import ScoreQuestion, read_question
+from reward_server.http.requests import ScoreRequest, read_fields
 from reward_server.scoring.worker import Worker
 from services.contract import SCORE_PATH, RewardRequest, RewardResponse
 from tests.contract.http.test_people_api import FILES, TEXTS, WORDS
@@ -37,10 +37,10 @@ def test_a_heat_map_is_not_written_on_the_event_loop(worker: Worker) -> None:
     async def run() -> None:
         transport = httpx.ASGITransport(build_app(score, worker.infos, Limits()))
         async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
-            question = WORDS | {"images": TEXTS[:1], "with_heat_map": True}
+            fields = WORDS | {"images": TEXTS[:1], "with_heat_map": True}
             sys.setprofile(watch)
             try:
-                answer = await http.post(SCORE_PATH, json=question)
+                answer = await http.post(SCORE_PATH, json=fields)
                 assert "heat_map" in answer.json()["results"][0]
                 assert not rendered_here
                 await http.post(SCORE_PATH, json={})
@@ -67,9 +67,9 @@ def test_a_form_is_parsed_piece_by_piece() -> None:
                 await asyncio.sleep(0)
 
         others = asyncio.create_task(count_turns())
-        question = await read_question(Request(scope), body, ScoreQuestion, Limits())
+        fields = await read_fields(Request(scope), body, ScoreRequest, Limits())
         others.cancel()
-        assert (question.prompt, question.images) == (LONG_PROMPT, FILES[:1])
+        assert (fields.prompt, fields.images) == (LONG_PROMPT, FILES[:1])
         assert num_turns >= len(body) // PIECE_BYTES
 
     asyncio.run(run())

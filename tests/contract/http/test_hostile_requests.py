@@ -207,16 +207,16 @@ def _change(chance: random.Random, node: Any) -> None:
         node[key] = chance.choice(HOSTILE_VALUES)
 
 
-def mutated_question(chance: random.Random) -> tuple[str, bytes, str]:
+def mutated_picture_request(chance: random.Random) -> tuple[str, bytes, str]:
     """Path, body and content type."""
     path = chance.choice([SCORE_PATH, RANK_PATH])
     if chance.random() < 0.5:
-        question: dict[str, Any] = {"images": list(TEXTS), "preference_scale": 0.1} | WORDS
+        fields: dict[str, Any] = {"images": list(TEXTS), "preference_scale": 0.1} | WORDS
         if chance.random() < 0.5:
-            _change(chance, question)
+            _change(chance, fields)
         else:
-            question["images"][0] = b64encode(_flip(chance, FILES[0], [])).decode()
-        return path, json.dumps(question).encode(), "application/json"
+            fields["images"][0] = b64encode(_flip(chance, FILES[0], [])).decode()
+        return path, json.dumps(fields).encode(), "application/json"
     parts = [f'--x\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in WORDS.items()]
     file = b'--x\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\ncontent-type: image/png\r\n\r\n'
     body = "".join(parts).encode() + b"".join(file + data + b"\r\n" for data in FILES[:2]) + b"--x--\r\n"
@@ -263,5 +263,5 @@ def test_mutated_binary_bodies_do_no_harm(app: ASGIApp) -> None:
 @pytest.mark.slow
 def test_mutated_questions_do_no_harm(app: ASGIApp) -> None:
     chance = random.Random(1)
-    requests = (mutated_question(chance) for _ in range(NUM_PEOPLE_BODIES))
+    requests = (mutated_picture_request(chance) for _ in range(NUM_PEOPLE_BODIES))
     assert_harmless(app, requests, {200, 400, 413, 415, 422})

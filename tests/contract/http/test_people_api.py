@@ -128,17 +128,17 @@ def test_where_several_rewards_are_served_one_must_be_named(clip: ClipArgs) -> N
         ({"prompt": " "}, "prompt: "),
         ({"prompt": 3}, "prompt: "),
         ({"prompt": "\ud83d"}, "prompt: "),
-        ({"prompt": "x" * 1001}, "prompt has 1001 characters; a text may have 1000"),
+        ({"prompt": "x" * 1001}, "prompt has 1001 characters; a text may have at most 1000"),
         ({"images": []}, "images: "),
         ({"images": TEXTS[0]}, "images: "),
-        ({"images": [3]}, "images[0] must be a text in base64"),
+        ({"images": [3]}, "images[0] must be a string in base64"),
         ({"images": ["é"]}, "images[0] is not base64"),
         ({"images": [TEXTS[0], TEXTS[0][:-40]]}, "images[1] is damaged or incomplete"),
         ({"images": ["http://127.0.0.1/x.png"]}, "images[0] is not base64"),
         ({"images": [base64.b64encode(b"GIF89a").decode()]}, "images[0] is not a PNG, JPEG or WebP picture"),
-        ({"images": TEXTS[:1] * 9}, "9 images; a request may have 8"),
-        ({"images": [base64.b64encode(b"GIF89a").decode()] * 9}, "9 images; a request may have 8"),
-        ({"images": [[]] * 10_000}, "20004 commas and opening brackets; JSON may have 20000 here"),
+        ({"images": TEXTS[:1] * 9}, "9 images; a request may have at most 8"),
+        ({"images": [base64.b64encode(b"GIF89a").decode()] * 9}, "9 images; a request may have at most 8"),
+        ({"images": [[]] * 10_000}, "20004 commas and opening brackets; at most 20000 are allowed"),
         ({"preference_scale": "0.1"}, "preference_scale: "),
         ({"preference_scale": 1e300}, "preference_scales[0] must be a finite number"),
         ({"reward": "beauty"}, "'beauty' is not served here; served: tiny-clip"),
@@ -173,7 +173,7 @@ def test_a_wrong_field_of_a_ranking_is_named(http: httpx.Client, fields: dict[st
     "body",
     [b"", b"nonsense", b"[]", b"3", b"[" * 15_000, b"[" * 100_000, b"\xff", b'{"images": {}}'],
 )
-def test_json_that_is_no_question_is_refused(http: httpx.Client, body: bytes) -> None:
+def test_json_that_is_no_request_is_refused(http: httpx.Client, body: bytes) -> None:
     answer = http.post(SCORE_PATH, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 422
     assert answer.json()["error"]
@@ -183,13 +183,13 @@ def test_a_wrong_form_is_named(http: httpx.Client) -> None:
     named = post_form(http, FILES[:1], positive=["3D", "Photo"])
     assert (named.status_code, "'positive' is unknown or given twice" in named.json()["error"]) == (422, True)
     text = http.post(SCORE_PATH, data=WORDS | {"image": "text"}, files=[("image", ("a", FILES[0]))])
-    assert (text.status_code, "pictures are files named 'image'" in text.json()["error"]) == (422, True)
+    assert (text.status_code, "send pictures as files named 'image'" in text.json()["error"]) == (422, True)
     other = http.post(SCORE_PATH, data=WORDS, files=[("picture", ("a", FILES[0]))])
-    assert (other.status_code, "pictures are files named 'image'" in other.json()["error"]) == (422, True)
+    assert (other.status_code, "send pictures as files named 'image'" in other.json()["error"]) == (422, True)
     unknown = post_form(http, FILES[:1], images="text")
     assert (unknown.status_code, "'images' is unknown" in unknown.json()["error"]) == (422, True)
     many = post_form(http, FILES[2:] * 9)
-    assert (many.status_code, "more than 8 images; a request may have 8" in many.json()["error"]) == (422, True)
+    assert (many.status_code, "more than 8 images; a request may have at most 8" in many.json()["error"]) == (422, True)
 
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded"])
@@ -215,7 +215,7 @@ def test_a_form_that_cannot_be_parsed_is_refused(http: httpx.Client, content_typ
     assert answer.json().keys() == {"error", "request_id"}
 
 
-def test_a_retried_question_gets_the_stored_answer_but_not_that_of_another_route(http: httpx.Client) -> None:
+def test_a_retried_request_gets_the_stored_answer_but_not_that_of_another_route(http: httpx.Client) -> None:
     key, body = {"idempotency-key": "people-1"}, WORDS | {"images": TEXTS}
     first, again = (http.post(SCORE_PATH, json=body, headers=key) for _ in range(2))
     assert again.json() == first.json()

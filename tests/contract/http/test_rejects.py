@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import httpx
 import numpy as np
-import pytest
 
-from reward_server.http.access_log import log_as_json
 from reward_server.http.app import build_app
 from reward_server.http.limits import Limits
 from reward_server.metrics import REJECTS, Metric
@@ -32,24 +29,13 @@ from tests.serving import serve_app
 
 FAILURES = {"many": Overloaded("full"), "long": TextTooLong("48 tokens"), "broken": NotFinite("images[0]")}  # by prompt
 MAX_BODY_BYTES = 1 << 12
-QUESTION = {"images": ["R0lG"], "prompt": "cat", "positive": "3D", "negative": "Flat"}
+FIELDS = {"images": ["R0lG"], "prompt": "cat", "positive": "3D", "negative": "Flat"}
 
 
 def message(num_images: int = 1, prompt: str = "cat", reward: str = "tiny-clip") -> bytes:
     images = np.zeros((num_images, 3, 8, 8), np.uint8)
     pairs = (PromptPair(prompt, "3D", "Flat"),) * num_images
     return RewardRequest(images, pairs, (0.0,) * num_images, (WeightedReward(reward),)).to_bytes()
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    logger = logging.getLogger("reward_server")
-    before = logger.handlers, logger.propagate, logger.level
-    stream = io.StringIO()
-    log_as_json(stream)
-    yield stream
-    logger.handlers, logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
 
 
 def test_each_kind_of_mistake_has_its_word(worker: Worker, log: io.StringIO) -> None:
@@ -68,7 +54,7 @@ def test_each_kind_of_mistake_has_its_word(worker: Worker, log: io.StringIO) -> 
     with serve_app(build_app(score, worker.infos, limits, record=record)) as url:  # a connection each: errors close it
         for body in bodies:
             httpx.post(url + REWARDS_PATH, content=body)
-        httpx.post(url + SCORE_PATH, json=QUESTION)
+        httpx.post(url + SCORE_PATH, json=FIELDS)
         httpx.get(url + REWARDS_PATH)
         httpx.get(url + MODELS_PATH)
         httpx.get(url + MODELS_PATH, headers={"x-request-id": "two words"})

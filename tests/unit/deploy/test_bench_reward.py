@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 
 from deploy.bench_reward.__main__ import WARM_UP
-from deploy.bench_reward.memory import mixed_questions
+from deploy.bench_reward.memory import mixed_requests
 from deploy.bench_reward.models import embedded
 from deploy.bench_reward.servers import NUM_PROCESSES, STORED_ANSWER_BYTES
 from services.contract import IDEMPOTENCY_KEY_HEADER, REWARDS_PATH, SCORE_PATH, RewardRequest
@@ -15,12 +15,12 @@ MODEL = embedded(is_quick=False)
 
 
 def test_every_request_has_a_key_of_its_own_and_every_fourth_wants_a_gradient() -> None:
-    questions = list(itertools.islice(mixed_questions(MODEL), 16))
-    assert Counter(question.path for question in questions) == {SCORE_PATH: 12, REWARDS_PATH: 4}
-    assert len({question.headers[IDEMPOTENCY_KEY_HEADER] for question in questions}) == 16
-    for question in questions:
-        if question.path == REWARDS_PATH:
-            assert RewardRequest.from_bytes(question.body).with_gradient
+    requests = list(itertools.islice(mixed_requests(MODEL), 16))
+    assert Counter(request.path for request in requests) == {SCORE_PATH: 12, REWARDS_PATH: 4}
+    assert len({request.headers[IDEMPOTENCY_KEY_HEADER] for request in requests}) == 16
+    for request in requests:
+        if request.path == REWARDS_PATH:
+            assert RewardRequest.from_bytes(request.body).with_gradient
 
 
 def test_the_warm_up_fills_the_stores_of_answers() -> None:

@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.settings import ROOT
 from reward_server.deployment import RewardService, ServiceArgs, build
-from reward_server.http.access import KEYS_VARIABLE, GuardError
+from reward_server.http.access import KEYS_VARIABLE, AccessError
 from reward_server.models import WeightsError
 
 SERVE_YAML = ROOT / "deploy" / "serve.yaml"
@@ -51,7 +51,7 @@ def test_what_serve_yaml_offers_in_comments_is_valid_too() -> None:
 
 @pytest.mark.parametrize(
     ("host", "keys", "error"),
-    [("0.0.0.0", "", GuardError), ("0.0.0.0", "key", WeightsError), ("127.0.0.1", "", WeightsError)],
+    [("0.0.0.0", "", AccessError), ("0.0.0.0", "key", WeightsError), ("127.0.0.1", "", WeightsError)],
 )
 def test_the_deployment_itself_refuses_to_start_beyond_loopback_without_keys(
     host: str, keys: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
 from reward_server.http.access import (
-    GuardError,
+    AccessError,
     RateLimit,
     RequireKey,
     TokenBuckets,
@@ -27,7 +27,7 @@ def test_loopback_needs_no_keys(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.5", "localhost.example.org", "127.0.0.1.example.org"])
 def test_beyond_loopback_without_keys_is_refused(host: str) -> None:
-    with pytest.raises(GuardError, match=r"without API keys.*SRPO_API_KEYS"):
+    with pytest.raises(AccessError, match=r"without API keys.*SRPO_API_KEYS"):
         check_binding(host, ())
     check_binding(host, ("a-key",))
 
@@ -42,7 +42,7 @@ def test_keys_are_read_from_the_environment(text: str, keys: tuple[str, ...]) ->
 
 @pytest.mark.parametrize("text", ["one,,two", "one,", ",", "one two", "one\ntwo", "schlüssel"])
 def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(text: str) -> None:
-    with pytest.raises(GuardError, match=r"SRPO_API_KEYS: key \d of \d") as caught:
+    with pytest.raises(AccessError, match=r"SRPO_API_KEYS: key \d of \d") as caught:
         read_keys({"SRPO_API_KEYS": text})
     assert not any(part in str(caught.value) for part in ("one", "two", "schlüssel"))
 

@@ -205,7 +205,7 @@ def test_gradients_equal_finite_differences(
 
 def test_a_text_that_is_too_long_is_named_not_cut(clip: ClipReward, hpsv2: Hpsv2Reward) -> None:
     for reward in (clip, hpsv2):
-        with pytest.raises(ContractError, match=rf"text of \d+ tokens.* at most {reward.max_text_tokens};.*cat cat"):
+        with pytest.raises(ContractError, match=rf"text has \d+ tokens.* at most {reward.max_text_tokens};.*cat cat"):
             reward.embed_text(["cat", "cat " * 100])
 
 

@@ -1,6 +1,6 @@
-"""What every answer carries: the request's id, and headers that keep a browser strict. What fails is counted here.
+"""Add the request's id and security headers to every answer, and count failed requests.
 
-Outside the guard, so that its refusals carry it too, and inside the access log.
+Outside the access checks, so that their answers have the headers too, and inside the access log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from services.contract import REQUEST_ID_HEADER
 
 _PLAIN_ID = re.compile("[!-~]{1,128}")  # short and visible: the same in a header, an answer and a log
 _REFUSAL = f"{REQUEST_ID_HEADER} must be 1 to 128 visible ASCII characters; without one, the service makes an id"
-# The page shows a picture from the user's disk (blob:) and has its icon in a data: URL; all else comes from here.
+# The page shows a picture from the user's disk (blob:) and has its icon in a data: URL; the rest is our own.
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'"
@@ -32,10 +32,11 @@ _HEADERS = {
 }
 
 
-class Envelope:
+class ResponseHeaders:
     """Gives every request its id before the app sees it: the caller's own, or a new one.
 
-    One that is not plain is refused. Replacing it would not do: Serve adds its own header, with the id as it was sent.
+    An id with other characters than visible ASCII gets 400. It cannot be replaced: Serve adds its own header with the
+    id as it was sent.
     """
 
     def __init__(self, app: ASGIApp, record: Record) -> None:
@@ -50,7 +51,7 @@ class Envelope:
         request_id = uuid.uuid4().hex if sent is None or is_refused else sent
         scope.setdefault("state", {})["request_id"] = request_id
 
-        async def send_in_envelope(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 add_headers(MutableHeaders(scope=message), request_id)
                 count_reject(self._record, message["status"], scope["state"])
@@ -59,9 +60,9 @@ class Envelope:
         if is_refused:
             scope["state"]["reject_reason"] = "request_id"
             answer = {"error": _REFUSAL, "request_id": request_id}
-            await JSONResponse(answer, HTTPStatus.BAD_REQUEST)(scope, receive, send_in_envelope)
+            await JSONResponse(answer, HTTPStatus.BAD_REQUEST)(scope, receive, send_with_headers)
         else:
-            await self._app(scope, receive, send_in_envelope)
+            await self._app(scope, receive, send_with_headers)
 
 
 def add_headers(headers: MutableHeaders, request_id: str) -> None:
@@ -71,7 +72,7 @@ def add_headers(headers: MutableHeaders, request_id: str) -> None:
 
 
 def count_reject(record: Record, status: int, state: dict[str, Any]) -> None:
-    """By the `reject_reason` that the app left in the request's state, or else by the status."""
+    """Count a failed request under the `reject_reason` in its state, or else under its status."""
     if status >= HTTPStatus.BAD_REQUEST:
         reason = state.setdefault("reject_reason", HTTPStatus(status).phrase.lower().replace(" ", "_"))
         record(REJECTS, 1, {"reason": reason})

@@ -28,7 +28,7 @@ _NUM_PICTURES, _NUM_PROMPTS = 8, 64
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class HttpRequest:
     """One POST."""
 
     path: str
@@ -67,7 +67,7 @@ def jpegs(size_px: int = 512) -> list[bytes]:
     return pictures
 
 
-def to_service(reward: str, jpeg: bytes, pair: PromptPair) -> Question:
+def to_service(reward: str, jpeg: bytes, pair: PromptPair) -> HttpRequest:
     """POST /v1/score as a form, which carries the file as it is; base64 in JSON costs both sides more."""
     fields = {
         "prompt": pair.prompt,
@@ -79,16 +79,16 @@ def to_service(reward: str, jpeg: bytes, pair: PromptPair) -> Question:
     files = {"image": ("picture.jpg", jpeg, "image/jpeg")}
     form = requests.Request("POST", "http://localhost", data=fields, files=files).prepare()
     assert isinstance(form.body, bytes)
-    return Question(SCORE_PATH, form.body, str(form.headers["content-type"]))
+    return HttpRequest(SCORE_PATH, form.body, str(form.headers["content-type"]))
 
 
-def to_baseline(reward: str, jpeg: bytes, texts: Sequence[str]) -> Question:
-    return Question(f"/{reward}", pickle.dumps({"images": [jpeg], "texts": list(texts)}), "application/octet-stream")
+def to_baseline(reward: str, jpeg: bytes, texts: Sequence[str]) -> HttpRequest:
+    return HttpRequest(f"/{reward}", pickle.dumps({"images": [jpeg], "texts": list(texts)}), "application/octet-stream")
 
 
-def binary(reward: str, pairs: Sequence[PromptPair], size_px: int, with_gradient: bool) -> Question:
+def binary(reward: str, pairs: Sequence[PromptPair], size_px: int, with_gradient: bool) -> HttpRequest:
     """POST /v1/rewards as the trainer sends it: a stacked float32 image for each pair."""
     images = np.random.default_rng(0).random((len(pairs), 3, size_px, size_px), dtype=np.float32)
     scales = (PREFERENCE_SCALE,) * len(pairs)
     request = RewardRequest(images, tuple(pairs), scales, (WeightedReward(reward),), with_gradient)
-    return Question(REWARDS_PATH, request.to_bytes(), MEDIA_TYPE)
+    return HttpRequest(REWARDS_PATH, request.to_bytes(), MEDIA_TYPE)

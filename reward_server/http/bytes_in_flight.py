@@ -1,10 +1,10 @@
-"""The bytes of all bodies that are being read or answered, bounded: who comes beyond is told to come back.
+"""Bound the bytes of all bodies that are being read or answered; a request beyond the bound gets 503 with Retry-After.
 
     with in_flight.share() as take:    # given back at the end of the block, however it ends
         take(len(chunk))               # raises Overloaded
 
-Counted as they arrive, not as announced: a caller who promises much and sends nothing keeps nobody out. What is made of
-a body (pixels, gradients) comes on top. Lives in one event loop.
+Bytes count as they arrive, not as content-length announces them. Pixels and gradients made of a body come on top.
+For use in one event loop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reward_server.scoring.batching import Overloaded
 
 
 class BytesInFlight:
-    """At most max_bytes at a time; `num_bytes` of them are taken."""
+    """Counts the bytes in flight: `num_bytes` now, at most max_bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -24,13 +24,14 @@ class BytesInFlight:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """One request's share: a function that adds to it and raises Overloaded where that would be too much."""
+        """Give one request a function that counts bytes as taken, and raises Overloaded if there are too many."""
         taken = 0
 
         def take(num_bytes: int) -> None:
             nonlocal taken
             if self.num_bytes + num_bytes > self._max_bytes:
-                raise Overloaded(f"{self.num_bytes} bytes of requests are in work, of {self._max_bytes} that may be")
+                allowed = f"{self._max_bytes} (max_bytes_in_flight)"
+                raise Overloaded(f"{self.num_bytes} bytes of requests are in flight; the limit is {allowed}")
             self.num_bytes += num_bytes
             taken += num_bytes
 

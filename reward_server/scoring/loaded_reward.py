@@ -1,4 +1,4 @@
-"""One reward, loaded: prompt pairs become what its model reads, and then a function from images to similarities.
+"""Load one reward, and turn prompt pairs into a function from images to similarities.
 
 The three kinds of model (models/protocol.py) differ here and nowhere above.
 """
@@ -17,14 +17,14 @@ from reward_server.scoring.srp import Similarities, similarity
 from reward_server.scoring.text_cache import TextCache
 from services.contract import PromptPair
 
-Prepared = tuple[Tensor, Tensor] | PromptPair  # a pair's embeddings (embedding,), or the pair for who reads texts
+Prepared = tuple[Tensor, Tensor] | PromptPair  # a pair's embeddings (embedding,), or its texts
 
 
-class ServedReward:
-    """Raises WeightsError where the weights are not as the arguments say.
+class LoadedReward:
+    """A reward with its model loaded. Raises WeightsError if the weights are not as the arguments say.
 
-    version: name, checksum and what else makes its rewards incomparable with others; num_views: of each image;
-    shrink: the model's (models/protocol.py), None where it has none.
+    version: name, checksum, and what else makes its rewards incomparable with others; num_views: of each image;
+    shrink: the model's (models/protocol.py), or None.
     """
 
     def __init__(self, name: str, args: AnyArgs, num_cached_texts: int, record: Record) -> None:
@@ -38,14 +38,14 @@ class ServedReward:
             self._texts = TextCache(name, self.model.embed_text, num_cached_texts, record)
 
     def prepare(self, pairs: Sequence[PromptPair]) -> Sequence[Prepared]:
-        """One for each pair. Raises ContractError naming a text that is too long for this reward."""
+        """Prepare each pair for `similarities`. Raise ContractError naming a text that is too long for this reward."""
         if not isinstance(self.model, TwoTower):
             return pairs
         embeds = self._texts.embed([text for pair in pairs for text in (pair.positive_text, pair.negative_text)])
         return list(zip(embeds[::2], embeds[1::2], strict=True))
 
     def similarities(self, prepared: Sequence[Prepared]) -> Similarities:
-        """Of as many images, each with its own pair. What comes back may raise ContractError as `prepare` does."""
+        """Return a function of as many images, each with its own pair. It may raise ContractError as `prepare` does."""
         model = self.model
         match model:
             case TwoTower():

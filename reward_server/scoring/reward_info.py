@@ -1,4 +1,4 @@
-"""Which rewards are served, as callers see them."""
+"""Describe the served rewards to callers, and choose one by name."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from services.contract import ContractError
 
 
 class UnknownReward(ContractError):
-    """A reward that is not served, or none where several are; the text names those served."""
+    """A request for a reward that is not served, or for none although several are; the text names the served ones."""
 
     reason = "unknown_reward"
 
 
 class RewardInfo(BaseModel):
-    """One served reward. What only its weights tell is null until it is loaded, for one that is loaded on demand."""
+    """One served reward. With `placement: own`, what its weights tell is null until it has answered once."""
 
     model_config = ConfigDict(frozen=True)
-    name: str = Field(description="what requests call it", examples=["fluent-clip"])
+    name: str = Field(description="its name in requests", examples=["fluent-clip"])
     kind: str = Field(description="family of models", examples=["clip"])
     checksum: str | None = Field(default=None, description="of the weights", examples=["sha256:…"])
-    is_image_only: bool = Field(default=False, description="ignores the prompt and the control words")
+    is_image_only: bool = Field(default=False, description="reads neither prompt nor control words")
     max_text_tokens: int | None = Field(
-        default=None, description="a longer text is an error; none is cut", examples=[77]
+        default=None, description="a longer text is an error; no text is cut", examples=[77]
     )
     logit_scale: float | None = Field(
         default=None, description="the model's own P(i preferred to j) is sigmoid(logit_scale · (reward_i − reward_j))"
@@ -37,7 +37,7 @@ class RewardList(BaseModel):
 
 
 def choose_reward(rewards: Mapping[str, RewardInfo], name: str | None) -> RewardInfo:
-    """The reward of that name, or the only one. Raises UnknownReward naming those served: none is chosen silently."""
+    """Return the reward of that name, or for None the only one. Raise UnknownReward naming the served ones."""
     if name is None and len(rewards) == 1:
         return next(iter(rewards.values()))
     if name is None or name not in rewards:
