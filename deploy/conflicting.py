@@ -20,7 +20,7 @@ _TIMEOUT_S = 3600
 
 
 def main() -> None:
-    """Raises CalledProcessError of the first step that fails."""
+    """Make the environments and run the tests. Raise CalledProcessError of the first step that fails."""
     config = yaml.safe_load((ROOT / "deploy/serve_conflicting.yaml").read_text(encoding="utf-8"))
     (application,) = config["applications"]
     for deployment in application["deployments"]:
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _environment(folder: Path, runtime_env: dict[str, Any]) -> Path:
-    """The interpreter of the environment, which is made or brought up to date."""
+    """Make the environment or bring it up to date, and return its interpreter."""
     _run(sys.executable, "-m", "venv", str(folder))
     python = folder / "bin" / "python"
     (site_packages,) = folder.glob("lib/python*/site-packages")

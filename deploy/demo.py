@@ -1,8 +1,8 @@
-"""`make demo`: align the embedded model in two opposite directions and show what became of it.
+"""`make demo`: align the embedded model in two opposite directions and compare the results with the base model.
 
-Services up; two Ray jobs one after the other (3D | Flat and, otherwise the same, Flat | 3D); then a table by judges
-that gave no gradient, outputs/demo/summary.json and the pictures beside it. What was not running before is
-stopped at the end, however it ends.
+It starts the services, runs two Ray jobs one after the other (3D | Flat and, otherwise the same, Flat | 3D), prints a
+table by judges that gave no gradient, and writes outputs/demo/summary.json with pictures beside it. It always stops
+what it started.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a training is to show, and whether it did."""
+    """What a training should show, and whether it did."""
 
     run: str
     text: str
@@ -68,7 +68,7 @@ class Claim:
 
 
 def demo(services: LocalServices, run_files: Sequence[Path], out_dir: Path) -> dict[str, Any]:
-    """Run it all and return the summary. Raises LocalError, JobsError, DemoError; stops what it started in any case."""
+    """Run the demo and return the summary. Raise LocalError, JobsError or DemoError; always stop what was started."""
     began = time.monotonic()
     started: list[OwnedProcess] = []
     try:
@@ -82,7 +82,7 @@ def demo(services: LocalServices, run_files: Sequence[Path], out_dir: Path) -> d
 
 
 def train(where: Settings, run_file: Path) -> Outcome:
-    """Submit one run as a Ray job, show what it prints, and read what it left."""
+    """Submit one run as a Ray job, print its log, and read its results."""
     began = time.monotonic()
     config = load_run_config(at_our_services(where, run_file))
     jobs = Jobs(where.dashboard_url)
@@ -102,7 +102,7 @@ def train(where: Settings, run_file: Path) -> Outcome:
 
 
 def at_our_services(where: Settings, run_file: Path) -> Path:
-    """A copy of the run file that names the services' addresses, which options can change."""
+    """Write a copy of the run file with the services' addresses, which options can change."""
     tree = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     tree["reward_service"] = {**tree.get("reward_service", {}), "url": where.serve_url}
     tree["tracking"] = {**tree.get("tracking", {}), "uri": where.mlflow_url}
@@ -112,7 +112,7 @@ def at_our_services(where: Settings, run_file: Path) -> Path:
 
 
 def summarize(outcomes: Sequence[Outcome], seconds_up: dict[str, float], seconds_total: float) -> dict[str, Any]:
-    """Every number of the table, seconds by phase, versions, the machine's cores."""
+    """Return every number of the table, seconds by phase, versions, and the machine's cores."""
     seconds = {each.config.name: {"total": each.seconds, **each.evaluation["seconds"]} for each in outcomes}
     return {
         "num_images": outcomes[0].evaluation["num_images"],
@@ -128,12 +128,12 @@ def summarize(outcomes: Sequence[Outcome], seconds_up: dict[str, float], seconds
 
 
 def _judged(numbers: dict[str, float]) -> dict[str, float]:
-    """What can be compared between trainings: each has a reward of its own, that of its pair."""
+    """Return the numbers that can be compared between trainings; rewards cannot, since each run has another pair."""
     return {name.removeprefix("eval/"): value for name, value in numbers.items() if name != _REWARD}
 
 
 def claims(outcome: Outcome, *, is_main: bool) -> list[Claim]:
-    """What the demo promises (deploy/runs/results/README.md), checked on held-out prompts by the judges' numbers."""
+    """Check what the demo promises (deploy/runs/results/README.md) by the judges' numbers on held-out prompts."""
     wanted = outcome.config.control_words.positive
     base, aligned = outcome.evaluation["base"], outcome.evaluation["aligned"]
     share, frechet, subject = f"eval/style_share_{wanted}", f"eval/frechet_{wanted}", "eval/subject_top5"
@@ -149,7 +149,7 @@ def claims(outcome: Outcome, *, is_main: bool) -> list[Claim]:
 
 
 def write(summary: dict[str, Any], outcomes: Sequence[Outcome], out_dir: Path) -> None:
-    """summary.json, before_after.png of the first training, and before_after_<name>.png of the others."""
+    """Write summary.json, before_after.png of the first training, and before_after_<name>.png of the others."""
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for index, outcome in enumerate(outcomes):
@@ -158,7 +158,7 @@ def write(summary: dict[str, Any], outcomes: Sequence[Outcome], out_dir: Path) -
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The numbers as people read them: a line a number, a column a model, then the claims."""
+    """Return the table: a line for each number, a column for each model, then the claims."""
     columns = {"base": summary["base"], **summary["aligned"]}
     lines = [f"{summary['num_images']} held-out images", f"{'':20}" + "".join(f"{label:>12}" for label in columns)]
     for name in summary["base"]:
@@ -169,7 +169,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 with what failed and its cure on stderr."""
+    """Run the demo; return exit code 0, or 1 with what failed and what to do on stderr."""
     parser = argparse.ArgumentParser("deploy.demo", description=__doc__)
     add_options(parser)
     parser.add_argument("--out-dir", type=Path, default=ROOT / "outputs" / "demo", help="(%(default)s)")

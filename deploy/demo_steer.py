@@ -1,7 +1,7 @@
 """`make demo-steer`: turn a training half way with `srpo steer`, and draw the curve by a judge that gives no gradient.
 
-Services up; one Ray job (deploy/runs/steer.yaml); after half of its steps the command that a person would type; then
-OUT/steer.json and OUT/steer.png from what MLflow has recorded. What was not running before is stopped at the end.
+It starts the services, runs one Ray job (deploy/runs/steer.yaml), runs `srpo steer` after half of the steps, and draws
+OUT/steer.json and OUT/steer.png from what MLflow has recorded. It always stops what it started.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _VERSION = "steering_version"
 
 
 def demo(services: LocalServices, out_dir: Path) -> dict[str, Any]:
-    """Run it all. Raises LocalError, JobsError, TrackingError, DemoError; stops what it started in any case."""
+    """Run the demo. Raise LocalError, JobsError, TrackingError or DemoError; always stop what was started."""
     started: list[OwnedProcess] = []
     try:
         started = services.up()
@@ -45,7 +45,7 @@ def demo(services: LocalServices, out_dir: Path) -> dict[str, Any]:
 
 
 def train(where: Settings, config: RunConfig) -> None:
-    """Submit the run, follow it, and steer it when it prints that half of its steps are taken."""
+    """Submit the run, follow it, and steer it when its log says that half of its steps are done."""
     jobs = Jobs(where.dashboard_url)
     job_id = jobs.submit(where.run_dir / RUN.name)
     half, printed, is_steered = f"step {config.num_steps // 2}/{config.num_steps}", "", False
@@ -63,7 +63,7 @@ def train(where: Settings, config: RunConfig) -> None:
 
 
 def steer(config: RunConfig) -> None:
-    """srpo steer steer --positive Flat --negative 3D: the run file's words, reversed."""
+    """Run `srpo steer steer --positive Flat --negative 3D`: the run file's words, reversed."""
     words = config.control_words
     pair = ["--positive", words.negative, "--negative", words.positive]
     print("$ srpo", *(command := ["steer", config.name, *pair]), flush=True)
@@ -72,7 +72,7 @@ def steer(config: RunConfig) -> None:
 
 
 def record(tracker: Tracker, config: RunConfig, out_dir: Path) -> dict[str, Any]:
-    """steer.json and steer.png, from the run's metrics and pictures alone."""
+    """Write steer.json and steer.png from the run's metrics and pictures."""
     histories = {name: tracker.history(name) for name in (*_SHARES, _VERSION)}
     steered = [step for step, version in histories[_VERSION].items() if version > 0]
     if not steered:
@@ -94,7 +94,7 @@ def record(tracker: Tracker, config: RunConfig, out_dir: Path) -> dict[str, Any]
 
 
 def draw(summary: dict[str, Any], grids: dict[int, PIL.Image.Image], path: Path) -> None:
-    """The curves with the turn marked, and below them what the policy drew at its begin, at the turn and at the end."""
+    """Draw the curves with the turn marked, and below them the policy's pictures at the start, the turn and the end."""
     heights = [3.6, *(9 * grid.height / grid.width + 0.2 for grid in grids.values())]  # in inches
     figure, axes = plt.subplots(
         len(heights), 1, figsize=(9, sum(heights)), height_ratios=heights, layout="constrained", dpi=90
@@ -118,7 +118,7 @@ def draw(summary: dict[str, Any], grids: dict[int, PIL.Image.Image], path: Path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 with what failed and its cure on stderr."""
+    """Run the demo; return exit code 0, or 1 with what failed and what to do on stderr."""
     parser = argparse.ArgumentParser("deploy.demo_steer", description=__doc__)
     add_options(parser)
     parser.add_argument("--out-dir", type=Path, default=ROOT / "outputs" / "demo_steer", help="(%(default)s)")

@@ -1,4 +1,4 @@
-"""The environment in which Ray Serve takes requests through HAProxy, with files and ports of this run's own."""
+"""Make the environment in which Ray Serve receives requests through HAProxy, with files and ports of one run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from deploy.settings import ROOT, free_port
 
 
 def proxy_environment(folder: str) -> dict[str, str]:
-    """Serve's fast way in: HAProxy, then the replica, with files and ports of this run's own.
+    """Return the variables that make Serve use HAProxy, which is faster than its own proxy.
 
-    Serve reads these where Ray starts, and nowhere else. Elsewhere than on Linux its default proxy does the work.
+    Serve reads them only where Ray starts. On systems other than Linux its own proxy stays in use.
     """
     if sys.platform != "linux":
         return {}

@@ -1,13 +1,13 @@
-"""The manifests for KubeRay, made from the files that already say it: deploy/serve.yaml, a run file, deploy/pod.yaml.
+"""Make the manifests for KubeRay from deploy/serve.yaml, a run file and deploy/pod.yaml.
 
     python -m deploy.kube service > deploy/rayservice.yaml
     python -m deploy.kube job > deploy/rayjob.yaml
     python -m deploy.kube service --gpu | kubectl apply -f -
     python -m deploy.kube job --run deploy/runs/flux1_dev_srpo.yaml | kubectl apply -f -
 
-So a reward, a limit or a worker count is written down once. A run that uses GPUs gets them; --gpu puts one that does
-not, or the rewards, on GPUs. Every secret is a reference (SECRET). Volume claims are for you to make, and are named
-only where they are needed: srpo-weights for model paths under /weights, srpo-outputs (ReadWriteMany) for a training.
+Rewards, limits and worker counts are thus written down once. A run with `engine.use_gpu` gets GPUs; --gpu puts another
+run, or the rewards, on GPUs. Every secret is a reference (SECRET). You make the volume claims, which are named only if
+needed: srpo-weights for model paths under /weights, srpo-outputs (ReadWriteMany) for a training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LOOPBACK = ("//127.0.0.1", "//localhost")  # a run file that names this machine
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Requests and limits of a pod, which are equal: Ray counts on what it is told. Memory is a starting point."""
+    """Requests and limits of a pod, which are equal: Ray plans with these numbers. Memory is a starting point."""
 
     cpus: int
     memory_gib: int
@@ -63,7 +63,7 @@ _SUBMITTER = Size(cpus=1, memory_gib=1)
 
 
 def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
-    """The reward service. `serve` is a Serve configuration; on a cluster it listens on all interfaces, with keys."""
+    """Return the RayService of a Serve configuration; on a cluster it listens on all interfaces, with keys."""
     serve = copy.deepcopy(serve)
     serve["http_options"]["host"] = "0.0.0.0"
     if on_gpu:
@@ -95,7 +95,7 @@ def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
 
 
 def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
-    """A training as a Ray job on a cluster of its own, one pod for each worker, with its run file as a ConfigMap."""
+    """Return the RayJob of a training: a cluster of its own, one pod for each worker, its run file as a ConfigMap."""
     tree = run.model_dump(mode="json", exclude_unset=True)
     tree["output_dir"] = OUTPUT_FOLDER
     if on_gpu:
@@ -135,7 +135,7 @@ def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
 
 
 def _move_to_gpus(serve: Tree) -> None:
-    """Each reward's model on the GPU of its replica, in place; replicas without a model get none."""
+    """Put each reward's model on the GPU of its replica, in place; replicas without a model get none."""
     for application in serve["applications"]:
         rewards = application["args"]["rewards"].values()
         for reward in rewards:
@@ -151,7 +151,7 @@ def _resource(kind: str, name: str, spec: Tree) -> Tree:
 
 
 def _cluster(head: Tree, worker: Tree, group: str, num_workers: int, max_workers: int) -> Tree:
-    """Work is for the workers: the head, which cannot be replaced, offers Ray no CPU."""
+    """Return a Ray cluster whose head, which cannot be replaced, offers no CPU, so that all work is on workers."""
     return {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},  # KubeRay makes the token's secret and hands it to every pod
@@ -177,7 +177,7 @@ def _pod(
     ports: Mapping[str, int] | None = None,
     is_ray_node: bool = True,
 ) -> Tree:
-    """deploy/pod.yaml with a size, variables and volumes (mount path, volume); a Ray node has probes besides."""
+    """Return deploy/pod.yaml with size, variables and volumes (mount path, volume); KubeRay adds probes to a node."""
     pod: Tree = yaml.safe_load((ROOT / "deploy" / "pod.yaml").read_text(encoding="utf-8"))
     (container,) = pod["spec"]["containers"]
     container["resources"] = size.resources
@@ -208,7 +208,7 @@ def _secret(variable: str, key: str, optional: bool = False) -> Tree:
 
 
 def _weights(texts: Sequence[str]) -> list[tuple[str, Tree]]:
-    """The claim with the weights, where a setting names a path in it."""
+    """Return the volume with the weights, if a setting names a path in it."""
     if not any(text.startswith(f"{WEIGHTS_FOLDER}/") for text in texts):
         return []
     claim = {"claimName": "srpo-weights", "readOnly": True}
@@ -216,7 +216,7 @@ def _weights(texts: Sequence[str]) -> list[tuple[str, Tree]]:
 
 
 def _strings(tree: object) -> list[str]:
-    """All texts in a tree of settings."""
+    """Yield all strings in a tree of settings."""
     if isinstance(tree, Mapping):
         return [text for value in tree.values() for text in _strings(value)]
     if isinstance(tree, list):
@@ -225,7 +225,7 @@ def _strings(tree: object) -> list[str]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """As people write YAML: no aliases, and a text of several lines as a block."""
+    """Writes YAML as people do: no aliases, and a text of several lines as a block."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -239,10 +239,10 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the manifests. Raises what a wrong run file or Serve configuration raises."""
+    """Print the manifests. Raise what a wrong run file or Serve configuration raises."""
     parser = argparse.ArgumentParser("deploy.kube", description="Manifests for KubeRay, to standard output.")
     parser.add_argument("what", choices=("service", "job"))
-    parser.add_argument("--gpu", action="store_true", help="on GPU nodes, whatever the file says")
+    parser.add_argument("--gpu", action="store_true", help="on GPU nodes, whether or not the file asks for GPUs")
     parser.add_argument("--serve-config", type=Path, default=ROOT / "deploy" / "serve.yaml")
     parser.add_argument("--run", type=Path, default=ROOT / "deploy" / "runs" / "tiny_srpo.yaml")
     args = parser.parse_args(arguments)

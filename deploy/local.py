@@ -1,9 +1,9 @@
-"""`make up` and `make down`: Ray, the reward service and MLflow on this machine, for one person.
+"""`make up` and `make down`: run Ray, the reward service and MLflow on this machine, for one person.
 
-    python -m deploy.local up      start what is not running, wait until all answer; again: nothing to do
-    python -m deploy.local down    stop what `up` started, and nothing else; again: nothing to do
+    python -m deploy.local up      start what is not running, and wait until all answer
+    python -m deploy.local down    stop what `up` started, and nothing else
 
-Everything listens on loopback; Ray's own inner ports do not, so its token authentication is on.
+All services listen on loopback. Ray's internal ports listen everywhere, so its token authentication is on.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _NAMES = ("ray", "mlflow")
 
 
 class _EndedEarly(LocalError):
-    """A process ended while it was waited for."""
+    """A process ended while the program waited for its answer."""
 
 
 class LocalServices:
-    """The services of one run_dir. `seconds` says how long each took to answer, from the start of `up`."""
+    """The services of one run_dir. `seconds`: how long each took to answer, from the start of `up`."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -63,9 +63,9 @@ class LocalServices:
         self._is_over = threading.Event()
 
     def up(self, names: Collection[str] = _NAMES) -> list[OwnedProcess]:
-        """Start which of these is not running, at the same time, and return it once all answer. Raises LocalError.
+        """Start those of the named services that do not run, and return them once all answer. Raise LocalError.
 
-        On any failure, an interrupt included, what this call started is stopped again.
+        After a failure or an interrupt, stop what this call started.
         """
         self._started_at = time.monotonic()
         self._is_over.clear()
@@ -84,7 +84,7 @@ class LocalServices:
         return missing
 
     def down(self, processes: Sequence[OwnedProcess] | None = None) -> list[str]:
-        """Stop these (all, unless given) at the same time; the names of those that were running."""
+        """Stop the named services, by default all, and return the names of those that were running."""
         chosen = [self.ray, self.mlflow] if processes is None else list(processes)
         temp_dir = self.ray.notes().get("temp_dir")
         with ThreadPoolExecutor(2) as pool:
@@ -94,9 +94,9 @@ class LocalServices:
         return stopped
 
     def end_jobs(self) -> None:
-        """Stop the Ray jobs that run and wait until they have ended, so that each closes its MLflow run.
+        """Stop the running Ray jobs and wait until they have ended, so that each closes its MLflow run.
 
-        Raises JobsError. A Ray that does not answer is no error: its jobs end with it.
+        Raise JobsError. If Ray does not answer, return: its jobs end with it.
         """
         url = self.ray.notes().get("dashboard_url")  # not the settings' now: at another port another Ray may answer
         if url is not None and self.ray.is_running() and _get(f"{url}/api/version", request_headers()) is not None:
@@ -162,7 +162,7 @@ class LocalServices:
         self._wait("reward service", self.ray, lambda: _rewards_run(api) and self._rewards_answer())
 
     def _wait_for_ray(self, api: str) -> None:
-        """Ray gives up after 30 s, a limit that it fixes; the first imports after an installation can take longer."""
+        """Start Ray again after its fixed limit of 30 s: the first imports after an installation can take longer."""
         try:
             self._wait("Ray", self.ray, lambda: _get(api, request_headers()) is not None)
         except _EndedEarly:
@@ -215,7 +215,7 @@ class LocalServices:
 
 
 def ensure_token() -> None:
-    """Ray's token where all of Ray's tools look for it: without one, anybody on the network could run code."""
+    """Make Ray's token, if there is none; without it anyone on the network could run code."""
     path = token_path()
     if "RAY_AUTH_TOKEN" not in os.environ and not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def ensure_token() -> None:
 
 
 def _get(url: str, headers: Mapping[str, str] | None = None) -> Any:
-    """The answer's JSON or text; None where nobody answers yet or the answer is an error."""
+    """Return the answer's JSON or text, or None if there is no answer yet or it is an error."""
     try:
         answer = requests.get(url, headers=headers, timeout=10)
     except requests.RequestException:
@@ -235,7 +235,7 @@ def _get(url: str, headers: Mapping[str, str] | None = None) -> Any:
 
 
 def _deploy(api: str, config: dict[str, Any]) -> None:
-    """Hand Ray Serve its configuration; equal to the one in force, it changes nothing."""
+    """Send Ray Serve its configuration; the one already in force changes nothing."""
     try:
         answer = requests.put(api, json=config, headers=request_headers(), timeout=_READY_TIMEOUT_S)
     except requests.RequestException as error:
@@ -245,7 +245,7 @@ def _deploy(api: str, config: dict[str, Any]) -> None:
 
 
 def _rewards_run(api: str) -> bool:
-    """Whether every application runs. Raises LocalError with Serve's own message for one that cannot."""
+    """Tell whether every application runs. Raise LocalError with Serve's own message for one that cannot."""
     applications = (_get(api, request_headers()) or {}).get("applications", {})
     for name, application in applications.items():
         if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -260,7 +260,7 @@ def _stop(process: OwnedProcess) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 with what failed and its cure on stderr."""
+    """Run `up` or `down`; return exit code 0, or 1 with what failed and what to do on stderr."""
     parser = argparse.ArgumentParser("deploy.local", description="Services on this machine.")
     parser.add_argument("action", choices=("up", "down"))
     add_options(parser)

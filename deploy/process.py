@@ -1,9 +1,9 @@
-"""A background process that is ours beyond doubt: started in a session of its own, recorded with its start time.
+"""Start and stop a background process safely: in a session of its own, recorded with its start time.
 
 mlflow = OwnedProcess("mlflow", Path(".run"))
 mlflow.start([sys.executable, "-m", "mlflow", "server"], cwd=Path.cwd(), env={})
 mlflow.is_running()   # also from another program, later
-mlflow.stop()         # with all its descendants; a process that merely has the same pid is left alone
+mlflow.stop()         # with all its descendants; another process with the same pid is left alone
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OwnedProcess:
         self._record_file = run_dir / f"{name}.json"
 
     def start(self, command: Sequence[str], cwd: Path, env: Mapping[str, str | None], **notes: str) -> None:
-        """Start it in the background with `env` added to ours, less what is None there.
+        """Start it in the background with our environment and `env`; a value of None removes a variable.
 
         `notes` are kept in its record until it is stopped.
         """
@@ -57,18 +57,18 @@ class OwnedProcess:
         draft.replace(self._record_file)  # whole or not there, whenever we are interrupted
 
     def is_running(self) -> bool:
-        """Whether the very process that was started is alive."""
+        """Tell whether the process that was started is alive."""
         return (record := self._record()) is not None and _leader(record) is not None
 
     def notes(self) -> dict[str, str]:
-        """What was noted at start; empty where nothing is recorded."""
+        """Return the notes given at start; empty if nothing is recorded."""
         record = self._record()
         return dict(record["notes"]) if record else {}
 
     def stop(self) -> bool:
-        """End it and all its descendants, and forget it; False if nothing of it was running.
+        """End it and all its descendants, and delete its record; return False if nothing of it was running.
 
-        The leader is asked and given time to end the others; what is left in its session after that is killed.
+        The leader gets a signal and time to end the others; what is left in its session after that is killed.
         """
         if (record := self._record()) is None:
             return False
@@ -84,17 +84,17 @@ class OwnedProcess:
         return bool(family)
 
     def members(self) -> list[psutil.Process]:
-        """It and all its descendants that are alive."""
+        """Return it and all its living descendants."""
         return [] if (record := self._record()) is None else _session(record)
 
     def last_lines(self, num_lines: int = 15) -> str:
-        """The end of its output, for an error message."""
+        """Return the end of its output, for an error message."""
         if not self.log_file.exists():
             return ""
         return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])
 
     def _record(self) -> dict[str, Any] | None:
-        """What start() has written. Raises LocalError for a file that it did not write."""
+        """Return what start() has written. Raise LocalError for a file that it did not write."""
         if not self._record_file.exists():
             return None
         try:
@@ -116,8 +116,10 @@ def _leader(record: Mapping[str, Any]) -> psutil.Process | None:
 
 
 def _session(record: Mapping[str, Any]) -> list[psutil.Process]:
-    """Every process of the leader's session. No pid is reused while its session lives, so a living leader vouches for
-    all; of a dead one the session may be a stranger's, after a reboot or once all of ours had ended.
+    """Return every process of the leader's session; () if the session may be another program's.
+
+    No pid is reused while its session lives, so with a living leader all are ours. After a reboot, or once all of ours
+    have ended, the pid of a dead leader may name a session of others.
     """
     leader = _leader(record)
     if leader is None and (psutil.boot_time() > record["started"] or _is_taken(record["pid"])):
@@ -128,12 +130,12 @@ def _session(record: Mapping[str, Any]) -> list[psutil.Process]:
 
 
 def _is_taken(pid: int) -> bool:
-    """Whether a living process has the pid."""
+    """Tell whether a living process has the pid."""
     return bool(psutil.pid_exists(pid)) and not _is_zombie(pid)
 
 
 def _is_ours(process: psutil.Process, record: Mapping[str, Any]) -> bool:
-    """By its environment; Ray's workers overwrite theirs with their title, and it reads as empty."""
+    """Tell by its environment whether a process is ours. Ray's workers overwrite theirs: it is empty."""
     try:
         environment = process.environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -1,8 +1,8 @@
-"""`make reference FILES="a.safetensors b.safetensors"`: our numbers beside those of the published algorithm.
+"""`make reference FILES="a.safetensors b.safetensors"`: compare our numbers with those of the published algorithm.
 
-A file of vectors has a JSON of the same name beside it, which says everything about it: sizes, schedule, sigmas, k,
-words, number of branches. Ours come from the functions that training uses; the largest relative error of each
-quantity is printed. The reward is the files' own stand-in: features of a pooled image against text vectors.
+A file of vectors has a JSON of the same name beside it with sizes, schedule, sigmas, k, words and number of branches.
+Our numbers come from the functions that training uses; the largest relative error of each quantity is printed. The
+reward is the files' own stand-in: features of a pooled image against text vectors.
 
     rel = max |ours − theirs| / max |theirs|, and of a parameter's gradient |ours − theirs| / |theirs| in the 2-norm
 """
@@ -46,19 +46,19 @@ _SMALLEST = 1e-12  # so that 0 beside 0 is no error
 
 
 class VectorsError(ValueError):
-    """A file cannot be compared; the text names it."""
+    """A file that cannot be compared; the text names it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """One file of vectors and what it says about itself."""
+    """One file of vectors with its description."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Read PATH.safetensors and PATH.json; either may be named, or neither ending. Raises VectorsError."""
+        """Read PATH.safetensors and PATH.json; PATH may have either ending or none. Raise VectorsError."""
         stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
         files = stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
         for file in files:
@@ -67,7 +67,7 @@ class Reference:
         return cls(load_file(files[0]), json.loads(files[1].read_text(encoding="utf-8")))
 
     def flux(self) -> Policy:
-        """Transformer and VAE with the file's weights."""
+        """Return the policy: transformer and VAE with the file's weights."""
         transformer = FluxTransformer2DModel(**self.facts["transformer_config"])
         vae = AutoencoderKL(**self.facts["vae_config"])
         for prefix, module in (("transformer.", transformer), ("vae.", vae)):
@@ -96,7 +96,7 @@ class Reference:
         )
 
     def injection(self, flux: Policy) -> Injection:
-        """The file's rollout, made by us, and its noise injected again."""
+        """Make the file's rollout with our code and inject its noise again."""
         tensors, facts = self.tensors, self.facts
         first, after_word = facts["branches"][0], f". {facts['caption']}"
         words = [first[f"{side}_text"].removesuffix(after_word) for side in ("positive", "negative")]
@@ -118,14 +118,14 @@ class Reference:
         return Injection(rollout, noise, torch.tensor([facts["level"]] * len(noise)))
 
     def branches(self, injection: Injection) -> list[Branch]:
-        """The file's branches: they alternate, denoise first."""
+        """Return the file's branches: they alternate, denoise first."""
         both = branches(injection.levels, self.objective(), self.facts["shift"])
         return list(islice(cycle(both), self.facts["num_branches"]))
 
     def score(
         self, _: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...], with_gradient: bool
     ) -> RewardResponse:
-        """The stand-in reward with its gradient, as a service would answer that was asked for one."""
+        """Return the stand-in reward with its gradient, as the service would answer."""
         assert with_gradient
         leaf = torch.tensor(images, requires_grad=True)
         pooled = adaptive_avg_pool2d(leaf, _POOLED_PX).flatten(1)
@@ -142,7 +142,7 @@ class Reference:
 
 
 def compare(reference: Reference) -> dict[str, float]:
-    """The largest relative error of each quantity over the file's branches, in the order of their computation."""
+    """Return the largest relative error of each quantity over the file's branches, in the order of computation."""
     flux, tensors, facts = reference.flux(), reference.tensors, reference.facts
     injection = reference.injection(flux)
     errors = {"rollout": _relative(injection.rollout.clean, tensors["rollout_latents"])}
@@ -164,7 +164,7 @@ def compare(reference: Reference) -> dict[str, float]:
 def _forward_errors(
     reference: Reference, flux: Policy, injection: Injection, branch: Branch, number: int
 ) -> dict[str, float]:
-    """Sigmas, and what leads from the injected noise to the decoded image."""
+    """Return the errors of sigmas and of all quantities from the injected noise to the decoded image."""
     sampling, objective, facts = injection.rollout.sampling, reference.objective(), reference.facts["branches"][number]
     if branch.name != facts["branch"]:
         raise VectorsError(f"branch {number} of the file is {facts['branch']!r}, ours is {branch.name!r}")
@@ -194,7 +194,7 @@ def _gradient_errors(transformer: nn.Module, reference: Reference) -> dict[str, 
 
 
 def _largest(errors: Sequence[float]) -> float:
-    """NaN if one is, unlike what max makes of it."""
+    """Return the largest number, or NaN if there is one, which max would not."""
     return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
@@ -210,7 +210,7 @@ def tolerance(name: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 if every error is within its tolerance, 1 if not or if a file cannot be compared."""
+    """Return exit code 0 if every error is within its tolerance, 1 if not or if a file cannot be compared."""
     parser = argparse.ArgumentParser("deploy.reference", description="Compare with files of reference vectors.")
     parser.add_argument("files", nargs="+", type=Path, help="NAME.safetensors with NAME.json beside it")
     is_within = True

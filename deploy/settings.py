@@ -1,4 +1,4 @@
-"""Where the local services listen and keep their files, and whether their ports are free.
+"""Say where the local services listen and keep their files, and check that their ports are free.
 
 Settings(dashboard_port=28265).dashboard_url   # "http://127.0.0.1:28265"
 check_port("serve", 8000)                      # LocalError names the listener and the option
@@ -24,12 +24,12 @@ EXIT_INTERRUPTED = 130  # as shells have it
 
 
 class LocalError(RuntimeError):
-    """A service cannot be started; the text names it and the cure."""
+    """A service cannot be started; the text names it and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where services listen and keep their files; each from an option, or the variable SRPO_<NAME>, or its default."""
+    """Ports and files of the services; each from an option, or the variable SRPO_<NAME>, or its default."""
 
     dashboard_port: int = 8265  # Ray's dashboard and job API
     serve_port: int = 8000
@@ -51,7 +51,7 @@ class Settings:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of Settings; `settings` reads them back."""
+    """Add the options of Settings to a parser; `settings` reads them."""
     default = Settings()
     for name in ("dashboard_port", "serve_port", "mlflow_port"):
         _add_option(parser, name, int, getattr(default, name))
@@ -65,13 +65,13 @@ def _add_option(parser: argparse.ArgumentParser, name: str, kind: Callable[[str]
 
 
 def settings(args: argparse.Namespace) -> Settings:
-    """The Settings of a parsed command line, paths made absolute."""
+    """Return the Settings of a parsed command line, with absolute paths."""
     ports = args.dashboard_port, args.serve_port, args.mlflow_port
     return Settings(*ports, args.run_dir.absolute(), args.serve_config.absolute())
 
 
 def check_port(name: str, port: int) -> None:
-    """Raise LocalError if something listens on the loopback port that `name` is to have."""
+    """Raise LocalError if something listens on the loopback port for `name`."""
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) != 0:
             return
@@ -82,10 +82,10 @@ def check_port(name: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody uses now, nor will by chance before its server starts.
+    """Return a free port that no other program gets by chance before its server starts.
 
-    Outgoing connections take theirs from 32768 up (macOS: 49152), Ray's workers from 10002 to 19999.
-    Raises LocalError where none is found.
+    Outgoing connections use ports from 32768 (macOS: 49152), Ray's workers from 10002 to 19999.
+    Raise LocalError if there is none.
     """
     for port in random.sample(range(20_000, 32_768), k=100):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -101,4 +101,4 @@ def _listener(port: int) -> str:
         }
         return "".join(f" (pid {pid}, {psutil.Process(pid).name()})" for pid in owners if pid)
     except (psutil.AccessDenied, psutil.NoSuchProcess):
-        return ""  # not ours to see; the port alone says enough
+        return ""  # we may not see whose it is; the port alone is named

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a program as ctrl-C does, so that it stops what it has started."""
+"""Let SIGTERM and SIGHUP end a program as ctrl-C does, so that it stops what it has started."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def end_as_interrupted() -> None:
-    """From now on the first SIGTERM or SIGHUP raises KeyboardInterrupt in the main thread, and later ones do nothing.
+    """Let the first SIGTERM or SIGHUP raise KeyboardInterrupt in the main thread, and ignore later ones.
 
-    They would cut the clean-up short, and come: a closing terminal tells the shell and its children. A signal that is
-    ignored stays so, as nohup wants it.
+    Later ones would interrupt the clean-up, and they come: a closing terminal signals the shell and its children. A
+    signal that is ignored, as under nohup, stays ignored.
     """
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -2,7 +2,7 @@
 
     python -m deploy.bench_method                    all stages, then the table
     python -m deploy.bench_method sweep final        these stages
-    python -m deploy.bench_method report             table, numbers and pictures out of what is there
+    python -m deploy.bench_method report             table, numbers and pictures from the finished runs
     python -m deploy.bench_method --plan FILE --out FOLDER …
 
 A finished run is a file in outputs/bench_method and is not run again while the plan asks for the same. Processes run
@@ -35,7 +35,7 @@ from deploy.bench_method.plan import (
     load_plan,
     sweep_task,
 )
-from deploy.bench_method.report import default_told, guards_told, write_report
+from deploy.bench_method.report import default_text, guards_text, write_report
 from deploy.bench_method.results import Result, Row, best_learning_rate
 from deploy.settings import ROOT
 
@@ -48,7 +48,7 @@ class BenchError(RuntimeError):
 
 
 class Bench:
-    """Runs tasks that have no result yet, num_processes at a time."""
+    """Run tasks that have no result yet, num_processes at a time."""
 
     def __init__(self, plan: Plan, out: Path) -> None:
         self.plan, self.out = plan, out
@@ -82,7 +82,7 @@ class Bench:
         self._run("hack", tasks + [hacking_task(plan, seed) for seed in plan.seeds])
 
     def report(self) -> None:
-        """Tables, numbers and pictures out of the runs that are there; rows without runs say so."""
+        """Write tables, numbers and pictures from the finished runs; rows without runs say so."""
         plan, validation = self.plan, self.plan.validation_path
         methods = [Row.of("base", None, [self.result(base_task(plan, plan.test_path, seed)) for seed in plan.seeds])]
         for each in plan.methods:
@@ -112,8 +112,8 @@ class Bench:
             "default": [default],
             "hacking": [hacking],
         }
-        told = {"guards": self._guards(methods), "default": default_told(published, default)}
-        write_report(plan, stages, told, self.out)
+        texts = {"guards": self._guards(methods), "default": default_text(published, default)}
+        write_report(plan, stages, texts, self.out)
 
     def _guards(self, methods: Sequence[Row]) -> str:
         plan = self.plan
@@ -125,10 +125,10 @@ class Bench:
             hacking.append((base, run))
         bases = {each.seed: each for each in methods[0].results}
         healthy = [(bases[each.seed], each) for row in methods[1:] for each in row.results if each.seed in bases]
-        return guards_told(hacking, healthy, plan)
+        return guards_text(hacking, healthy, plan)
 
     def learning_rate(self, method: str) -> float:
-        """The best of the sweep. Raises BenchError where a run of it is missing."""
+        """Return the best learning rate of the sweep. Raise BenchError if a run of it is missing."""
         plan, variant = self.plan, self.plan.method(method)
         base = self.result(base_task(plan, plan.validation_path, plan.sweep_seed))
         tasks = [sweep_task(plan, variant, rate) for rate in plan.learning_rates_of(variant)]
@@ -138,7 +138,7 @@ class Bench:
         return best_learning_rate(base, [each for each in swept if each is not None])
 
     def result(self, task: Task) -> Result | None:
-        """What the task gave, if it has been run as it is now."""
+        """Return the task's result, or None if the task as it is now has not been run."""
         file = self.out / f"{task.name}.json"
         if not file.is_file():
             return None
@@ -158,14 +158,14 @@ class Bench:
                 for count, done in enumerate(as_completed(running), start=1):
                     seconds = time.monotonic() - began
                     left = seconds / count * (len(missing) - count)
-                    line = done.result().told
+                    line = done.result().summary
                     print(f"{stage} {count}/{len(missing)}, {left / 60:.0f} min left: {line}", flush=True)
             finally:
                 for future in running:
                     future.cancel()
 
     def _train(self, task: Task) -> Result:
-        """Raises BenchError with the end of the log."""
+        """Run one task in a process. Raise BenchError with the end of its log."""
         if (known := self.result(task)) is not None:  # of another driver, meanwhile
             return known
         task_file, log = self.out / f"{task.name}.task", self.out / f"{task.name}.log"
@@ -182,7 +182,7 @@ class Bench:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 1 with what failed on stderr."""
+    """Run the named stages; return exit code 0, or 1 with what failed on stderr."""
     parser = argparse.ArgumentParser("deploy.bench_method", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)} (all)")
     parser.add_argument("--plan", type=Path, default=PLAN)

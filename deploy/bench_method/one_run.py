@@ -1,4 +1,4 @@
-"""One task in one process of one thread: train for so many CPU-seconds, judge, write numbers and pictures.
+"""Run one task in one process of one thread: train for so many CPU-seconds, judge, write numbers and pictures.
 
     python -m deploy.bench_method.one_run TASK.json OUT_FOLDER
 
@@ -44,7 +44,7 @@ _REWARD_PATH = ROOT / "deploy" / "tiny" / "reward"
 
 
 class InProcess:
-    """The embedded reward, without a service."""
+    """Scores with the embedded reward in this process, without a service."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._scorer = Scorer({name: ClipArgs(kind="clip", path=str(_REWARD_PATH)) for name in names})
@@ -84,7 +84,7 @@ class Run:
         self._base = self._measurer.measure(self._draw(), self._pictures.prompts)
 
     def train_until(self, cpu_s: float) -> None:
-        """Optimizer steps until this many CPU-seconds have gone into them. ValueError if a loss is not finite."""
+        """Take optimizer steps until they have used so many CPU-seconds. Raise ValueError if a loss is not finite."""
         while self.cpu_s < cpu_s:
             began, wall = time.process_time(), time.perf_counter()
             for materials in self._learner.roll_out(self.num_steps):
@@ -101,7 +101,7 @@ class Run:
                 raise ValueError(f"step {self.num_steps}: the loss is {numbers['loss']}")
 
     def judge(self) -> tuple[dict[str, float], torch.Tensor]:
-        """Numbers of the policy as it is, and its pictures (num_images, 3, height, width) uint8."""
+        """Return the numbers of the policy as it is, and its pictures (num_images, 3, height, width) uint8."""
         config, images = self.task.config, self._draw()
         numbers = self._measurer.summarize(self._measurer.measure(images, self._pictures.prompts, self._base))
         wanted, batch = config.control_words.positive, config.evaluation.batch
@@ -124,7 +124,7 @@ class Run:
 
 
 def run_task(task: Task, out: Path) -> dict[str, Any]:
-    """Train and judge; a run that breaks down keeps its error and the checks before it."""
+    """Train and judge; of a run that fails, keep the error and the checks before it."""
     run = Run(task)
     checks: list[dict[str, Any]] = []
     error = None

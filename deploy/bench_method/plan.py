@@ -1,4 +1,4 @@
-"""The comparison as its file describes it: methods, learning rates, seeds, ablations -> one task a run."""
+"""Read the comparison's plan (methods, learning rates, seeds, ablations) and make one task for each run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load_plan(path: Path) -> Plan:
 
 
 def base_task(plan: Plan, prompts_path: Path, seed: int) -> Task:
-    """The model as it is."""
+    """Return the task that judges the untrained model."""
     name = f"base-{prompts_path.stem}-{seed}"
     return Task(name=name, config=_config(plan, {}, prompts_path, seed, None, name), checks_at_cpu_s=(0.0,))
 
@@ -89,7 +89,7 @@ def final_task(plan: Plan, method: Variant, learning_rate: float, seed: int) -> 
 
 
 def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int) -> Task:
-    """The ablation's changes over those of the method that is ablated."""
+    """Return the task of an ablation: its changes on top of its method's."""
     name = f"ablation-{_slug(ablation.name)}-{seed}"
     changes = merged(plan.method(plan.ablated).changes, ablation.changes)
     config = _config(plan, changes, plan.validation_path, seed, learning_rate, name)
@@ -97,7 +97,7 @@ def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int
 
 
 def hacking_task(plan: Plan, seed: int) -> Task:
-    """The run that the rules must end, judged often."""
+    """Return the task of a run that the rules must end; it is judged often."""
     (learning_rate,), name = plan.hacking.learning_rates, f"hacking-{seed}"
     config = _config(plan, plan.hacking.changes, plan.validation_path, seed, learning_rate, name)
     every_cpu_s = plan.hacking_budget_cpu_s / plan.num_hacking_checks
@@ -106,7 +106,7 @@ def hacking_task(plan: Plan, seed: int) -> Task:
 
 
 def default_task(plan: Plan, seed: int) -> Task:
-    """The default recipe with its own learning rate, on the table's prompts, its workers' micro-batches in one."""
+    """Return the task of the default recipe, on the table's prompts, with its workers' micro-batches in one."""
     name, engine = f"default-{seed}", yaml.safe_load((ROOT / plan.default).read_text(encoding="utf-8"))["engine"]
     changes = {"engine": {"micro_batch": engine["micro_batch"] * engine["num_workers"]}}
     config = _config(plan, changes, plan.test_path, seed, None, name, base=plan.default)
@@ -118,7 +118,7 @@ def _early_and_end(plan: Plan) -> tuple[float, float]:
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `tree`, section by section.
+    """Return `tree` with `changes` made, section by section.
 
     >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
     {'a': {'b': 1, 'c': 3}}

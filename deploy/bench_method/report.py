@@ -1,4 +1,4 @@
-"""Out of finished runs: method.json, the tables between their markers in results/README and LOG, and the picture."""
+"""Write the results of finished runs: method.json, the tables in results/README and LOG, and the pictures."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed")
 _NUM_PICTURES, _LABEL_PX = 10, 250
 
 
-def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], told: Mapping[str, str], folder: Path) -> None:
-    """method.json, both texts, and pictures out of `folder`: of the first seed, and of every learning rate.
+def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], texts: Mapping[str, str], folder: Path) -> None:
+    """Write method.json, the tables, and pictures from `folder`: of the first seed, and of every learning rate.
 
-    `stages`: the rows of methods, sweep, ablations, default and hacking; `told`: what is said of guards and default.
+    `stages`: the rows of methods, sweep, ablations, default and hacking; `texts`: those of guards and default.
     """
     methods, sweep = stages["methods"], stages["sweep"]
     summary = {
@@ -44,7 +44,7 @@ def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], told: Mapping[
     table = table_of(methods)
     for file in (_TABLES, _LOG):
         between(file, "bench-method", table)
-        for what, text in told.items():
+        for what, text in texts.items():
             between(file, f"bench-method-{what}", text)
     between(_LOG, "bench-method-sweep", table_of(sweep))
     between(_LOG, "bench-method-ablations", table_of([row for row in stages["ablations"] if row.results]))
@@ -55,7 +55,7 @@ def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], told: Mapping[
 
 
 def between(file: Path, marker: str, text: str) -> None:
-    """Replace what stands between <!-- marker --> and <!-- /marker -->. Raises ValueError where they are missing."""
+    """Replace what stands between <!-- marker --> and <!-- /marker -->. Raise ValueError if they are missing."""
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     whole = file.read_text(encoding="utf-8")
     if start not in whole or end not in whole:
@@ -65,22 +65,22 @@ def between(file: Path, marker: str, text: str) -> None:
 
 
 def table_of(rows: Sequence[Row]) -> str:
-    """Markdown; with columns of the early check where trained rows have one."""
+    """Return the table as Markdown, with columns of the early check if trained rows have one."""
     wanted = next(row.results[0].wanted for row in rows if row.results)
     share = f"style_share_{wanted}"
     is_early = any(len(row.results[0].found["checks"]) > 1 for row in rows if row.results)
     columns = {
-        "steps": lambda row: row.estimate("num_steps").told(),
-        wanted: lambda row: row.estimate(share).told(percent=True),
-        f"{wanted} at a third": lambda row: row.estimate(share, 0).told(percent=True),
-        "reward": lambda row: row.estimate("reward").told(digits=3),
-        f"judge's log p({wanted})": lambda row: row.estimate("judge_log_probability").told(digits=2),
-        "subject in top 5": lambda row: row.estimate(FIDELITY).told(percent=True),
-        "subject at a third": lambda row: row.estimate(FIDELITY, 0).told(percent=True),
-        f"Fréchet to real {wanted}": lambda row: row.estimate(f"frechet_{wanted}").told(digits=1),
-        "lattice": lambda row: row.estimate(LATTICE).told(percent=True, digits=1),
-        "diversity": lambda row: row.estimate("diversity_seeds").told(digits=2),
-        "CPU-s": lambda row: row.estimate("cpu_s").told(),
+        "steps": lambda row: row.estimate("num_steps").as_text(),
+        wanted: lambda row: row.estimate(share).as_text(percent=True),
+        f"{wanted} at a third": lambda row: row.estimate(share, 0).as_text(percent=True),
+        "reward": lambda row: row.estimate("reward").as_text(digits=3),
+        f"judge's log p({wanted})": lambda row: row.estimate("judge_log_probability").as_text(digits=2),
+        "subject in top 5": lambda row: row.estimate(FIDELITY).as_text(percent=True),
+        "subject at a third": lambda row: row.estimate(FIDELITY, 0).as_text(percent=True),
+        f"Fréchet to real {wanted}": lambda row: row.estimate(f"frechet_{wanted}").as_text(digits=1),
+        "lattice": lambda row: row.estimate(LATTICE).as_text(percent=True, digits=1),
+        "diversity": lambda row: row.estimate("diversity_seeds").as_text(digits=2),
+        "CPU-s": lambda row: row.estimate("cpu_s").as_text(),
     }
     if not is_early:
         columns = {name: tell for name, tell in columns.items() if not name.endswith("at a third")}
@@ -90,7 +90,7 @@ def table_of(rows: Sequence[Row]) -> str:
     lines = [head, ["---"] * len(head)]
     for row in rows:
         label = row.label + (f" ({len(row.results)} of {row.num_wanted} seeds)" if row.is_short else "")
-        cells = [tell(row) for tell in columns.values()] if row.results else [row.trouble] + [""] * (len(columns) - 1)
+        cells = [cell_of(row) for cell_of in columns.values()] if row.results else [row.trouble] + [""] * (len(columns) - 1)
         lines.append([label, _rate(row), *cells])
     return _as_table(lines)
 
@@ -99,10 +99,10 @@ def _as_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def default_told(published: Row, default: Row) -> str:
-    """How soon the default recipe has what the published schedule has at its end, as Markdown.
+def default_text(published: Row, default: Row) -> str:
+    """Return how soon the default recipe reaches what the published schedule has at its end, as Markdown.
 
-    A line for each number of steps after which all of the recipe's runs were judged.
+    There is a line for each number of steps after which all of the recipe's runs were judged.
     """
     if not published.results or not default.results:
         return "Not run."
@@ -115,15 +115,15 @@ def default_told(published: Row, default: Row) -> str:
     table = [["", *columns], ["---"] * (1 + len(columns))]
     for label, checks in lines:
         found = {name: Estimate.of([check[name] for check in checks]) for name in checks[0]}
-        cells = [found["cpu_s"].told(digits=1), f"{found['cpu_s'].mean / whole_cpu_s:.2f}"]
-        cells += [found[name].told(percent=True) for name in (f"style_share_{wanted}", FIDELITY)]
-        cells += [found[f"frechet_{wanted}"].told(digits=1), found[LATTICE].told(percent=True, digits=1)]
+        cells = [found["cpu_s"].as_text(digits=1), f"{found['cpu_s'].mean / whole_cpu_s:.2f}"]
+        cells += [found[name].as_text(percent=True) for name in (f"style_share_{wanted}", FIDELITY)]
+        cells += [found[f"frechet_{wanted}"].as_text(digits=1), found[LATTICE].as_text(percent=True, digits=1)]
         table.append([label, *cells])
     return _as_table(table)
 
 
-def guards_told(hacking: Sequence[tuple[Result, Result]], healthy: Sequence[tuple[Result, Result]], plan: Plan) -> str:
-    """What the rules say of the hacking runs and of healthy ones (each with its base model), as Markdown."""
+def guards_text(hacking: Sequence[tuple[Result, Result]], healthy: Sequence[tuple[Result, Result]], plan: Plan) -> str:
+    """Return what the rules find in the hacking runs and in healthy ones (each with its base model), as Markdown."""
     columns = ["seed", "flagged", "by", "number", "base", "when flagged", "at most", "at the end"]
     table = [[*columns, "share of the most", "share of the end"]]
     table.append(["---"] * len(table[0]))
@@ -147,7 +147,7 @@ def guards_told(hacking: Sequence[tuple[Result, Result]], healthy: Sequence[tupl
 
 
 def _drifts(base: Result, run: Result, index: int, rule: StopRuleConfig) -> list[list[str]]:
-    """A line a number: how far it had drifted when the rule was broken, and what that is of its later drift."""
+    """Return a line for each number: its drift when the rule was broken, and the share of its later drift."""
     first, then, last = base.check(), run.check(index), run.check()
     steps = f"after {then['num_steps']} of {last['num_steps']} steps"
     by, lines = f"{rule.metric.removeprefix('guard/')} {rule.summary}", []
@@ -173,7 +173,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 
 def picture(strips: Sequence[tuple[str, Result]], folder: Path, num_images_per_prompt: int) -> PIL.Image.Image:
-    """A row a method with its name, a column a prompt: the first picture of each of the first prompts."""
+    """Draw a row for each method with its name, a column for each of the first prompts."""
     font = PIL.ImageFont.load_default(size=12)
     images = [_shown(folder, result, num_images_per_prompt) for _, result in strips]
     size = images[0].shape[-1]

@@ -1,4 +1,4 @@
-"""What runs gave: their numbers, the choice of a learning rate, means and standard errors over seeds. Pure."""
+"""Compute from runs' numbers: the best learning rate, broken rules, means and standard errors over seeds."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class Result:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it came to its end."""
+        """Tell whether the run reached its end."""
         return self.found["error"] is None
 
     def check(self, index: int = -1) -> dict[str, float]:
-        """Numbers of one of its checks, the last one unless told, with its CPU-seconds and steps."""
+        """Return the numbers of one check, by default the last one, with its CPU-seconds and steps."""
         return self.checks[index]
 
     @property
     def checks(self) -> list[dict[str, float]]:
-        """All of them, in order."""
+        """Return the numbers of all checks, in order."""
         return [
             {**check["numbers"], "cpu_s": check["cpu_s"], "num_steps": check["num_steps"]}
             for check in self.found["checks"]
@@ -62,7 +62,7 @@ class Result:
         return self.check()[f"style_share_{self.wanted}"]
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         if not self.is_whole:
             return f"{self.name} broke down: {self.found['error']}"
         last = self.check()
@@ -73,14 +73,14 @@ class Result:
 
 
 def best_learning_rate(base: Result, swept: Sequence[Result]) -> float:
-    """That of the largest target share among runs that are faithful and clean; where none is, the lowest.
+    """Return the learning rate of the largest target share among faithful and clean runs, or else the lowest one.
 
     Faithful: fidelity is at least 90 % of the base model's; clean: its pictures' lattice_share is at most 125 %.
-    Raises ValueError where all runs broke down.
+    Raise ValueError if all runs failed.
     """
     whole = [each for each in swept if each.is_whole]
     if not whole:
-        raise ValueError(f"every learning rate broke down: {[each.told for each in swept]}")
+        raise ValueError(f"every learning rate failed: {[each.summary for each in swept]}")
     allowed = [each for each in whole if is_faithful(base, each) and is_clean(base, each)]
     if allowed:
         return max(allowed, key=lambda each: each.share).learning_rate
@@ -96,7 +96,7 @@ def is_clean(base: Result, result: Result) -> bool:
 
 
 def broken_rules(base: Result, result: Result, rules: Sequence[StopRuleConfig]) -> list[tuple[int, StopRuleConfig]]:
-    """Index of each check that is beyond a rule's bound, and the rule; as the guard of a run would have found them."""
+    """Return the index of each check that breaks a rule, and the rule, as the guard of a run would find them."""
     found = [base.found["checks"][-1], *result.found["checks"]]
     checks = [_as_the_guard_sees(check, result.wanted) for check in found]
     return [
@@ -105,7 +105,7 @@ def broken_rules(base: Result, result: Result, rules: Sequence[StopRuleConfig]) 
 
 
 def is_in_time(base: Result, result: Result, index: int, number: str) -> bool:
-    """Whether the check at `index` comes before a quarter of what `number` rises by until the end.
+    """Tell whether the check at `index` comes before a quarter of the rise of `number` until the end.
 
     A run whose number does not rise has no drift that a check could come before.
     """
@@ -120,9 +120,9 @@ def _as_the_guard_sees(check: dict[str, Any], wanted: str) -> Check:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Mean over seeds and its standard error, which one seed has not.
+    """Mean over seeds and its standard error, which is None for one seed.
 
-    >>> Estimate.of([0.5, 0.7]).told(percent=True)
+    >>> Estimate.of([0.5, 0.7]).as_text(percent=True)
     '60 ± 10 %'
     """
 
@@ -134,7 +134,7 @@ class Estimate:
         error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         return cls(fmean(values), error)
 
-    def told(self, *, percent: bool = False, digits: int = 0) -> str:
+    def as_text(self, *, percent: bool = False, digits: int = 0) -> str:
         factor, unit = (100, " %") if percent else (1, "")
         spread = "" if self.error is None else f" ± {factor * self.error:.{digits}f}"
         return f"{factor * self.mean:.{digits}f}{spread}{unit}"
@@ -142,7 +142,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table: runs that differ in their seed alone. `num_wanted` is how many there are to be."""
+    """A line of a table: runs that differ only in their seed. `num_wanted`: how many there should be."""
 
     label: str
     learning_rate: float | None  # None: not trained

@@ -1,1 +1,1 @@
-"""How fast the reward service is, against what people run today and against the bare model: `make bench-reward`."""
+"""Measure how fast the reward service is, against Flask and against the bare model: `make bench-reward`."""

@@ -4,8 +4,7 @@
     python -m deploy.bench_reward --quick    one short round of everything, writes nothing: does it work?
     python -m deploy.bench_reward --memory   only what 10,000 requests leave in memory, process by process
 
-On a quiet machine: all sides share its cores, the callers too. The exit code is 0 also where a goal is missed; the
-table says so.
+Run it on a quiet machine: all sides and the callers share its cores. A missed goal is in the table; the exit code is 0.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _started = time.monotonic()
 
 
 class Measured:
-    """What one model's rounds gave."""
+    """The measurements of one model."""
 
     def __init__(self, name: str, is_large: bool) -> None:
         self._is_large = is_large  # the size that the goals on batches and on CPU time are set for
@@ -80,7 +79,7 @@ class Measured:
 
 
 def bench_reward(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """All measurements. Raises BenchError, LocalError."""
+    """Make all measurements. Raise BenchError or LocalError."""
     load = os.getloadavg()[0]
     say(f"load average {load:.2f}" + (": the machine is not quiet, do not quote what follows" if load > 0.5 else ""))
     models = [embedded(is_quick), large(folder / "vit-b32", is_quick)]
@@ -109,7 +108,7 @@ def bench_reward(folder: Path, is_quick: bool) -> dict[str, Any]:
 
 
 def in_rounds(benches: Sequence[Bench], num_rounds: int) -> list[Measured]:
-    """Each bench in turn, in every round. Raises BenchError."""
+    """Run each bench in turn, in every round. Raise BenchError."""
     measured = [Measured(bench.model.name, is_large=bench is benches[-1]) for bench in benches]
     for bench in benches:
         bench.check_same_answers()
@@ -122,14 +121,14 @@ def in_rounds(benches: Sequence[Bench], num_rounds: int) -> list[Measured]:
 
 
 def bench_memory(folder: Path, is_quick: bool) -> Growth:
-    """Raises BenchError, LocalError."""
+    """Measure what many requests leave in memory. Raise BenchError or LocalError."""
     model = embedded(is_quick)
     with service(folder, {model.name: model.folder}) as serve:
         return memory_growth(serve, model, WARM_UP[is_quick], _REQUESTS[is_quick])
 
 
 def warm_up(bench: Bench) -> None:
-    """Everything is loaded, allocated and cached when the clock starts."""
+    """Load, allocate and cache everything before the clock starts."""
     nowhere = Comparison(f"warm-up of {bench.model.name}")
     bench.fill_text_caches()
     say(bench.single(8, nowhere))
@@ -152,7 +151,7 @@ def say(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0, 1 with what failed on stderr, or 130 where it was interrupted."""
+    """Return exit code 0, 1 with what failed on stderr, or 130 after an interrupt."""
     parser = argparse.ArgumentParser("deploy.bench_reward", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short round, nothing is written")
     parser.add_argument("--memory", action="store_true", help="only the memory, nothing is written")

@@ -1,4 +1,4 @@
-"""The bare model: a CLIPModel's image tower in a loop, nothing around it, in as many processes as the service has."""
+"""Measure the bare model: a CLIPModel's image tower in a loop, in as many processes as the service has."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _clip: Any = None  # of a process of the pool
 
 
 class BareModel:
-    """In num_processes processes of one torch thread each."""
+    """Runs the model in num_processes processes of one torch thread each."""
 
     def __init__(self, pool: Pool, num_processes: int, size_px: int) -> None:
         self._pool, self._num_processes, self._size_px = pool, num_processes, size_px
 
     def images_per_s(self, batch: int, num_batches: int, with_gradient: bool) -> float:
-        """All processes together; num_batches in each. with_gradient: forward, and backward to the pixels."""
+        """Return images per second of all processes, num_batches in each. with_gradient: also backward."""
         task = (batch, self._size_px, num_batches, with_gradient)
         seconds = self._pool.starmap(_loop, [task] * self._num_processes, chunksize=1)
         return self._num_processes * batch * num_batches / max(seconds)
@@ -45,7 +45,7 @@ def _load(folder: Path) -> None:
 
 
 def _loop(batch: int, size_px: int, num_batches: int, with_gradient: bool) -> float:
-    """Seconds that num_batches took, after one for the caches."""
+    """Return the seconds of num_batches, after one batch that fills the caches."""
     pixels = torch.rand(batch, 3, size_px, size_px, requires_grad=with_gradient)
     _forward(pixels, with_gradient)
     start = time.perf_counter()

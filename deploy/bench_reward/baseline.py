@@ -1,8 +1,8 @@
-"""What people run today: Flask under gunicorn, a pickled list of JPEGs in, one forward per request, a pickle out.
+"""Serve rewards as people do today: Flask under gunicorn, a pickled list of JPEGs in, a pickle out, a forward each.
 
     gunicorn --workers 2 'deploy.bench_reward.baseline:make_app("fluent-clip=deploy/tiny/reward")'
 
-Only for the comparison, on loopback: whoever can reach a server that unpickles what it is sent owns it.
+Only for the comparison and only on loopback: unpickling a request runs whatever code its sender put into it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 
 def make_app(models: str) -> Flask:
-    """`models`: "name=folder,…". POST /name: {"images": [JPEG, …], "texts": […]} -> cosines (images, texts)."""
+    """Return the app. `models`: "name=folder,…". POST /name: {"images": [JPEG, …], "texts": […]} -> cosines."""
     torch.set_num_threads(1)
     loaded = {name: _Clip(folder) for name, folder in (each.split("=", 1) for each in models.split(","))}
     app = Flask("baseline")

@@ -1,4 +1,4 @@
-"""Callers who each ask again as soon as they are answered, and what they saw: answers per second, waiting times."""
+"""Send requests from callers who each wait for an answer before the next, and measure rates and waiting times."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """answers_per_s over the whole run; seconds: of each request, from sending to the whole answer."""
+    """What callers saw: answers_per_s over the whole run, seconds from sending each request to its full answer."""
 
     answers_per_s: float
     seconds: tuple[float, ...]
 
 
 def drive(url: str, requests: Sequence[HttpRequest], num_callers: int) -> Seen:
-    """Send each request once, num_callers at a time, and wait for all answers. Raises BenchError."""
+    """Send each request once, num_callers at a time, and wait for all answers. Raise BenchError."""
     remaining = iter(requests)  # shared: taking the next one is atomic
     start = time.perf_counter()
     with ThreadPoolExecutor(num_callers) as callers:
@@ -37,7 +37,7 @@ def drive(url: str, requests: Sequence[HttpRequest], num_callers: int) -> Seen:
 
 
 def send(url: str, request: HttpRequest) -> bytes:
-    """One answer. Raises BenchError."""
+    """Send one request and return the answer's body. Raise BenchError."""
     connection = _connect(url)
     try:
         return _post(connection, request)
@@ -64,7 +64,7 @@ def _connect(url: str) -> http.client.HTTPConnection:
 
 
 def _post(connection: http.client.HTTPConnection, request: HttpRequest) -> bytes:
-    """On the same connection as before, unless the server has closed it."""
+    """Send it on the same connection as before, unless the server has closed that."""
     try:
         connection.request("POST", request.path, request.body, request.headers)
         answer = connection.getresponse()

@@ -1,4 +1,4 @@
-"""The measurements, one round of each after the other, so that what else the machine does falls on both sides."""
+"""Make one round of each measurement after the other, so that other work on the machine slows all sides alike."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Bench:
         self.pairs, self.unseen = pairs(self.model.num_prompt_lines), unseen_pairs(self.model.num_prompt_lines)
 
     def check_same_answers(self) -> None:
-        """Both do the same work. Raises BenchError."""
+        """Check that both servers give the same rewards. Raise BenchError."""
         for picture, pair in zip(self.pictures, self.pairs, strict=False):
             ours = json.loads(send(self.service.url, to_service(self.model.name, picture, pair)))["results"][0][
                 "reward"
@@ -80,12 +80,12 @@ class Bench:
                 raise BenchError(f"{self.model.name}: the service answers {ours}, the baseline {theirs}")
 
     def fill_text_caches(self) -> None:
-        """Every replica has its own and sees only its share of the requests: all texts, several times."""
+        """Send all texts several times: every replica has a cache of its own and sees only its share of requests."""
         inputs = zip(itertools.cycle(self.pictures), self.pairs * _CACHE_PASSES, strict=False)
         drive(self.service.url, [to_service(self.model.name, *each) for each in inputs], _CALLERS)
 
     def single(self, num_callers: int, into: Comparison) -> str:
-        """One picture under one pair, one forward."""
+        """Compare one picture under one pair: one forward."""
         num = self.model.num_single[num_callers]
         inputs = list(itertools.islice(zip(itertools.cycle(self.pictures), itertools.cycle(self.pairs)), num))
         ours = [to_service(self.model.name, *each) for each in inputs]
@@ -93,7 +93,7 @@ class Bench:
         return self._both(into, ours, theirs, num_callers)
 
     def unseen_texts(self, into: Comparison) -> str:
-        """As `single`, but no text comes twice."""
+        """Compare as `single` does, but with no text twice."""
         inputs = list(zip(itertools.cycle(self.pictures), itertools.islice(self.unseen, self.model.num_unseen)))
         ours = [to_service(self.model.name, *each) for each in inputs]
         theirs = [self._pair_to_baseline(*each) for each in inputs]
@@ -115,7 +115,7 @@ class Bench:
         return text
 
     def batches(self, with_gradient: bool, into: Comparison) -> str:
-        """The binary route against the bare model, in images per second."""
+        """Compare the binary route with the bare model, in images per second."""
         num = self.model.num_binary[with_gradient]
         request = binary(self.model.name, self.pairs[:BATCH], self.model.size_px, with_gradient)
         cpu_s = self.service.cpu_seconds()

@@ -1,6 +1,6 @@
-"""Memory after warm-up and after so many requests more, of every process of the service.
+"""Measure the memory of every process of the service, after a warm-up and again after many requests.
 
-Asked as our clients ask, each request with an Idempotency-Key of its own, so that the service keeps its answer.
+As from our clients, each request has an Idempotency-Key of its own, so that the service stores its answer.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _CHUNK = 500  # bodies made ahead, in our memory
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """By process ("name pid"), in bytes; a process that began or ended in between is left out."""
+    """Memory by process ("name pid"), in bytes; a process that began or ended in between is left out."""
 
     num_requests: int
     before: Mapping[str, Memory]
     after: Mapping[str, Memory]
 
     def share(self, part: str = "") -> float:
-        """By how much the private memory of the processes with `part` in their name has grown, together."""
+        """Return the relative growth of the private memory of all processes with `part` in their name."""
         chosen = [name for name in self.before.keys() & self.after.keys() if part in name]
         before, after = (sum(memory[name].private for name in chosen) for memory in (self.before, self.after))
         return after / before - 1
 
     def lines(self) -> list[str]:
-        """A row of Markdown for each process, the one that grew most first."""
+        """Return a row of Markdown for each process, the one that grew most first."""
         both = sorted(
             self.before.keys() & self.after.keys(),
             key=lambda name: self.before[name].private - self.after[name].private,
@@ -53,7 +53,7 @@ class Growth:
 
 
 def memory_growth(service: Server, model: Served, num_warm_up: int, num_requests: int) -> Growth:
-    """Of `mixed_requests` at 8 callers; the warm-up fills the text cache and the store of answers."""
+    """Measure the growth under `mixed_requests` from 8 callers; the warm-up fills text cache and stored answers."""
     requests = mixed_requests(model)
     _send(service, requests, num_warm_up)
     before = service.memory()
@@ -67,7 +67,7 @@ def _send(service: Server, requests: Iterator[HttpRequest], num: int) -> None:
 
 
 def mixed_requests(model: Served) -> Iterator[HttpRequest]:
-    """Without end: of four, three for people, one of them with texts that are new, and one for its gradient."""
+    """Yield requests without end: of four, three to /v1/score, one of these with new texts, and one for a gradient."""
     pictures, lines = itertools.cycle(jpegs()), model.num_prompt_lines
     known, unseen = itertools.cycle(pairs(lines)), unseen_pairs(lines)
     for number in itertools.count():

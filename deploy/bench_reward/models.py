@@ -1,4 +1,4 @@
-"""The two models that are served: the embedded reward, and a CLIP as large as ViT-B/32 with random weights."""
+"""Make the two served models: the embedded reward, and a CLIP as large as ViT-B/32 with random weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMBEDDED = ROOT / "deploy" / "tiny" / "reward"
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A model, and how many requests make a measurement of some seconds on two cores."""
+    """A served model, and how many requests take some seconds on two cores."""
 
     name: str
     folder: Path
@@ -34,7 +34,7 @@ def embedded(is_quick: bool) -> Served:
 
 
 def large(folder: Path, is_quick: bool) -> Served:
-    """Writes the model. Quick: two layers instead of twelve. The texts go through the embedded reward's tokenizer."""
+    """Write the large model, with the embedded reward's tokenizer. quick: two layers instead of twelve."""
     depth = {"num_hidden_layers": 2 if is_quick else 12}
     tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The measurements as JSON and as a table in Markdown, with what was aimed at and whether it was reached."""
+"""Write the measurements as JSON and as a table in Markdown, with the goals and whether they were reached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BEGIN, _END = "<!-- bench-reward: written by make bench-reward -->", "<!-- benc
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Reached if `value` is at least, or at most, `bound`."""
+    """A goal, reached if `value` is at least, or at most, `bound`."""
 
     what: str
     value: float
@@ -33,12 +33,12 @@ class Goal:
 
 
 def speed_ratios(comparison: Comparison) -> list[float]:
-    """Ours over theirs, of each round: what else the machine did fell on both."""
+    """Return ours over theirs in each round: other work on the machine slowed both."""
     return [ours / theirs for ours, theirs in zip(comparison.ours.per_s, comparison.theirs.per_s, strict=True)]
 
 
 def speed_ratio(comparison: Comparison) -> float:
-    """The median over the rounds."""
+    """Return the median of the rounds' ratios."""
     return statistics.median(speed_ratios(comparison))
 
 
@@ -47,7 +47,7 @@ def cpu_ratio(comparison: Comparison) -> float:
 
 
 def p99_s(side: Side) -> float:
-    """Of all rounds' requests together."""
+    """Return the 99th percentile of the seconds of all rounds' requests."""
     ordered = sorted(side.seconds)
     return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
 
@@ -61,7 +61,7 @@ def single_goals(comparison: Comparison, num_callers: int) -> list[Goal]:
 
 
 def table(against_baseline: Sequence[Comparison], against_bare: Sequence[Comparison]) -> str:
-    """Medians over the rounds; of the ratio the lowest and the highest as well, which is the noise."""
+    """Return medians over the rounds as Markdown, and of each ratio the lowest and highest, which show the noise."""
     lines = [
         "| one picture a request | service, images/s | Flask, images/s | ratio | p99, ms | CPU, ms an image |",
         "|---|---|---|---|---|---|",
@@ -109,7 +109,7 @@ def growth_goals(growth: Growth) -> list[Goal]:
 
 
 def write_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the two marker lines of a Markdown file. Raises ValueError where they are missing."""
+    """Replace what stands between the two marker lines of a Markdown file. Raise ValueError if they are missing."""
     before, marker, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not (marker and end):

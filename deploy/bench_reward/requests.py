@@ -1,4 +1,4 @@
-"""What is asked of the servers: the same pictures and pairs in each one's own format, made before the clock runs."""
+"""Make the requests to both servers before the clock starts: the same pictures and pairs in each one's format."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ class HttpRequest:
 
 
 def pairs(num_lines: int) -> list[PromptPair]:
-    """Of prompts of so many lines: with a control word, one makes 8 tokens on average, six make 26."""
+    """Return pairs of prompts of so many lines: with a control word, one has 8 tokens on average, six have 26."""
     lines = (ROOT / "deploy" / "tiny" / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
     groups = [lines[start : start + num_lines] for start in range(0, _NUM_PROMPTS * num_lines, num_lines)]
     return [PromptPair(", ".join(group), "3D", "Flat") for group in groups]
 
 
 def unseen_pairs(num_lines: int) -> Iterator[PromptPair]:
-    """Pairs whose texts no server has seen."""
+    """Yield pairs whose texts no server has seen."""
     for number, pair in zip(itertools.count(), itertools.cycle(pairs(num_lines))):
         yield PromptPair(f"{pair.prompt} {number}", "3D", "Flat")
 
 
 def jpegs(size_px: int = 512) -> list[bytes]:
-    """Smooth random pictures, about as large as photographs of their size."""
+    """Return smooth random pictures, whose files are about as large as those of photographs."""
     random = np.random.default_rng(0)
     pictures = []
     for _ in range(_NUM_PICTURES):
@@ -68,7 +68,7 @@ def jpegs(size_px: int = 512) -> list[bytes]:
 
 
 def to_service(reward: str, jpeg: bytes, pair: PromptPair) -> HttpRequest:
-    """POST /v1/score as a form, which carries the file as it is; base64 in JSON costs both sides more."""
+    """Return POST /v1/score as a form, which carries the file as it is; base64 in JSON costs both sides more."""
     fields = {
         "prompt": pair.prompt,
         "positive": pair.positive,
@@ -87,7 +87,7 @@ def to_baseline(reward: str, jpeg: bytes, texts: Sequence[str]) -> HttpRequest:
 
 
 def binary(reward: str, pairs: Sequence[PromptPair], size_px: int, with_gradient: bool) -> HttpRequest:
-    """POST /v1/rewards as the trainer sends it: a stacked float32 image for each pair."""
+    """Return POST /v1/rewards as the trainer sends it: a stacked float32 image for each pair."""
     images = np.random.default_rng(0).random((len(pairs), 3, size_px, size_px), dtype=np.float32)
     scales = (PREFERENCE_SCALE,) * len(pairs)
     request = RewardRequest(images, tuple(pairs), scales, (WeightedReward(reward),), with_gradient)

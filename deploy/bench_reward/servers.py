@@ -1,4 +1,4 @@
-"""The servers to compare, started and stopped: the service as `make up` runs it, and the baseline."""
+"""Start and stop the servers to compare: the service as `make up` runs it, and the baseline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of one process, in bytes: resident, of which much is shared with others, and its own alone."""
+    """Memory of one process, in bytes: resident (partly shared with others), and private."""
 
     resident: int
     private: int
@@ -33,17 +33,17 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where it listens, and the processes whose time and memory it takes."""
+    """A running server: its URL, and its processes, whose time and memory count as its own."""
 
     url: str
     process: OwnedProcess
 
     def cpu_seconds(self) -> float:
-        """Spent so far by all its processes."""
+        """Return the CPU-seconds of all its processes so far."""
         return sum(_cpu_seconds(member) for member in self.process.members())
 
     def memory(self) -> dict[str, Memory]:
-        """Of each process, by "name pid"."""
+        """Return the memory of each process, by "name pid"."""
         return {f"{_name(each)} {each.pid}": _memory(each) for each in self.process.members()}
 
 
@@ -69,7 +69,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 @contextmanager
 def service(folder: Path, models: Mapping[str, Path]) -> Iterator[Server]:
-    """deploy/serve.yaml with these models, as many replicas as the baseline has workers, and no rate limit."""
+    """Run deploy/serve.yaml with these models, as many replicas as the baseline has workers, and no rate limit."""
     config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text(encoding="utf-8"))
     (application,) = config["applications"]
     application["args"] |= {
@@ -91,7 +91,7 @@ def service(folder: Path, models: Mapping[str, Path]) -> Iterator[Server]:
 
 @contextmanager
 def baseline(folder: Path, models: Mapping[str, Path]) -> Iterator[Server]:
-    """baseline.py under gunicorn, with sync workers."""
+    """Run baseline.py under gunicorn, with sync workers."""
     process, port = OwnedProcess("baseline", folder / "run"), free_port()
     argument = ",".join(f"{name}={path}" for name, path in models.items())
     command = [

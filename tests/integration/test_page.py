@@ -1,4 +1,4 @@
-"""The page at / in a real Chromium, on the real app with the embedded reward: what people see, type and are told."""
+"""The page at / in a real Chromium, on the real app with the embedded reward: what people see, type and read."""
 
 from __future__ import annotations
 

@@ -259,9 +259,9 @@ def test_down_ends_jobs_and_leaves_no_process_and_no_listener(
     leaders = [json.loads((where.run_dir / f"{name}.json").read_text())["pid"] for name in ("ray", "mlflow")]
     family = [child for pid in leaders for child in psutil.Process(pid).children(recursive=True)]
     assert main(["down", f"--run-dir={where.run_dir}", f"--dashboard-port={where.dashboard_port}"]) == 0
-    told = capsys.readouterr().out
-    assert f"stopping job {job_id}" in told
-    assert "stopped: ray, mlflow" in told
+    text = capsys.readouterr().out
+    assert f"stopping job {job_id}" in text
+    assert "stopped: ray, mlflow" in text
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for port in (where.dashboard_port, where.serve_port, where.mlflow_port):
         with socket.socket() as probe:

@@ -1,1 +1,1 @@
-"""The recipe of the embedded default: real emoji pictures in, a small FLUX, reward and judges out."""
+"""Train the embedded default: real emoji pictures in, a small FLUX, reward and judges out."""

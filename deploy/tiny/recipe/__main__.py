@@ -1,8 +1,8 @@
-"""`make tiny`: every stage of the recipe in order; a finished stage is skipped, an interrupted one starts where it can.
+"""`make tiny`: run every stage in order; skip a finished stage, and continue an interrupted one if it can.
 
-Name stages to run only those. Weights land in deploy/tiny/, stage by stage, in place of those that are there;
-everything else in deploy/tiny/build/: delete that to train all anew, or STAGE.done in it to make
-one stage again (and those of the stages that build on it).
+Name stages to run only those. Weights replace those in deploy/tiny/, stage by stage; everything else is written to
+deploy/tiny/build/. Delete that folder to train all anew, or STAGE.done in it to make one stage again (and the stages
+that build on it).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ COMPONENTS, FLAGS = 2, 9  # emojibase's groups
 
 
 class RecipeError(RuntimeError):
-    """A stage cannot be made here; the text names what it lacks and the cure."""
+    """A stage cannot be made here; the text names what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Emoji:
     heldout: Tensor
 
     def caption(self, subject: int, rng: random.Random) -> str:
-        """The label (70 %), the label with two tags (15 %) or up to four tags (15 %)."""
+        """Return the label (70 %), the label with two tags (15 %) or up to four tags (15 %)."""
         draw, tags = rng.random(), self.tags[subject]
         if draw < 0.70 or len(tags) < 2:
             return self.labels[subject]
@@ -111,12 +111,12 @@ def load(path: Path) -> Emoji:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
+    """Convert uint8 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def _key(hexcode: str) -> str:
-    """Packages disagree on writing the variation selector; no two subjects differ in it alone."""
+    """Return the code points without the variation selector, which not all packages write."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
@@ -144,7 +144,7 @@ def _read_names(folder: Path) -> list[dict[str, Any]]:
 
 
 def _draw(job: tuple[str, bytes]) -> np.ndarray:
-    """Picture file -> (64, 64, 3) uint8: cropped to what is painted, centered, on white."""
+    """Draw a picture file as (64, 64, 3) uint8: cropped to what is painted, centered, on white."""
     ending, data = job
     if ending == ".svg":
         import resvg_py  # on use: only this stage needs it

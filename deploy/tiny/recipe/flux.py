@@ -41,7 +41,7 @@ TRANSFORMER = {
 
 
 class Generator(Module):
-    """What is trained: the transformer and the two text encoders, as one module, so that one average covers all."""
+    """The trained parts, transformer and two text encoders, as one module, so that one average covers all."""
 
     def __init__(self, clip: CLIPTokenizer, t5: T5Tokenizer) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Generator(Module):
         self.register_buffer("text_ids", torch.zeros(MAX_LENGTH, 3))
 
     def forward(self, latents: Tensor, sigma: Tensor, guidance: Tensor, tokens: Tokens) -> Tensor:
-        """latents (batch, 16, 64), sigma and guidance (batch,) -> velocity, shaped as the latents."""
+        """Predict the velocity of latents (batch, 16, 64); sigma and guidance are (batch,)."""
         with torch.autocast("cpu", torch.bfloat16):
             velocity = self.transformer(
                 hidden_states=latents,
@@ -165,7 +165,7 @@ def save(generator: Generator, clip: CLIPTokenizer, t5: T5Tokenizer, vae: Autoen
 
 
 def tokenize(clip: CLIPTokenizer, t5: T5Tokenizer, captions: list[str]) -> Tokens:
-    """As FluxPipeline does: padded to a fixed length, without attention masks."""
+    """Tokenize as FluxPipeline does: padded to a fixed length, without attention masks."""
     ids = [
         tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
         for tokenizer in (clip, t5)
@@ -193,14 +193,14 @@ def _loss(generator: Generator, ema: Generator, clean: Tensor, tokens: Tokens, e
 
 @torch.no_grad()
 def _guided(ema: Generator, noisy: Tensor, sigma: Tensor, scale: Tensor, tokens: Tokens, empty: Tokens) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): v_u + scale · (v_c - v_u)."""
+    """Return v_u + scale · (v_c - v_u): classifier-free guidance (Ho and Salimans, arXiv 2207.12598)."""
     ones = torch.ones_like(scale)
     conditional, unconditional = ema(noisy, sigma, ones, tokens), ema(noisy, sigma, ones, empty)
     return unconditional + scale[:, None, None] * (conditional - unconditional)
 
 
 def _learning_rate(step: int) -> float:
-    """Warm-up, constant, linear decay: the constant part does not depend on how long the run will be."""
+    """Return the learning rate: warm-up, constant, linear decay."""
     decay = (NUM_STEPS - step) / (NUM_STEPS * (1 - DECAY_FROM))
     return min(1.0, (step + 1) / WARMUP, max(decay, 0.02))
 
@@ -216,7 +216,7 @@ def _resume(checkpoint: Path, state: dict[str, Any]) -> int:
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """(subjects, styles, 3, 64, 64) uint8 -> packed latents (subjects, styles, 16, 64)."""
+    """Encode (subjects, styles, 3, 64, 64) uint8 as packed latents (subjects, styles, 16, 64)."""
     means = [vae.encode(to_float(part)).latent_dist.mode() for part in images.flatten(0, 1).split(64)]
     latents = (torch.cat(means) - vae.config.shift_factor) * vae.config.scaling_factor
     return FluxPipeline._pack_latents(latents, len(latents), 16, 8, 8).unflatten(0, images.shape[:2])

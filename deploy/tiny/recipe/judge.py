@@ -1,8 +1,8 @@
 """Pictures -> two judges, for evaluation only: a style classifier and a subject embedder, both small ResNets.
 
-They share nothing with the reward but the drawings: another architecture, another loss, another seed, no text.
-`reference.safetensors` beside them holds what evaluation compares with: for each style mean and covariance of the
-classifier's features over the held-out drawings, and the embedding of every subject.
+They share only the drawings with the reward: architecture, loss and seed differ, and they read no text. Beside them,
+`reference.safetensors` holds for each style the mean and covariance of the classifier's features over the held-out
+drawings, and the embedding of every subject.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def train_style(emoji: Emoji, views: Tensor, out: Path) -> None:
 
 
 def _paste(pictures: Tensor, others: Tensor) -> Tensor:
-    """Half of the pictures with a box of another of the same style pasted in: style is what both parts share.
+    """Paste into half of the pictures a box of another picture of the same style, which both parts then share.
 
-    CutMix (Yun et al., arXiv 1905.04899) where both labels are one.
+    This is CutMix (Yun et al., arXiv 1905.04899) with one label.
     """
     pasted = pictures.clone()
     for index in (torch.rand(len(pictures)) < 0.5).nonzero().flatten():
@@ -89,7 +89,7 @@ def train_subject(emoji: Emoji, views: Tensor, out: Path) -> None:
 
 @torch.no_grad()
 def measure(style: Module, subject: Module, emoji: Emoji, views: Tensor) -> dict[str, float]:
-    """Held-out accuracy over the four styles, as drawn and VAE-passed; the same subject's Flat found from 3D."""
+    """Measure held-out accuracy over the four styles, as drawn and through the VAE, and retrieval of Flat by 3D."""
     pictures = views[emoji.heldout]
     truth = torch.arange(len(STYLES)).expand(len(pictures), -1)
     share = {
@@ -103,7 +103,7 @@ def measure(style: Module, subject: Module, emoji: Emoji, views: Tensor) -> dict
 
 @torch.no_grad()
 def write_reference(style: Any, subject: Any, emoji: Emoji, out: Path) -> None:
-    """What evaluation compares with, for float32 judges in eval mode."""
+    """Write reference.safetensors, with float32 judges in eval mode."""
     tensors: dict[str, Tensor] = {}
     for index, name in enumerate(STYLES):
         features = style.resnet(to_float(emoji.images[emoji.heldout, index])).pooler_output.flatten(1).double()
@@ -137,7 +137,7 @@ def _fit(name: str, net: Module, loss_of: Callable[[Module, Tensor], Tensor], em
 
 
 def _logits(style: Module, pictures: Tensor) -> Tensor:
-    """(subjects, styles, 3, 64, 64) uint8 -> (subjects, styles) index of the style seen."""
+    """Classify (subjects, styles, 3, 64, 64) uint8: the index of the style, (subjects, styles)."""
     return style(to_float(pictures.flatten(0, 1))).logits.argmax(-1).unflatten(0, pictures.shape[:2])
 
 

@@ -20,7 +20,7 @@ GRID_ROWS, GRID_COLUMNS, CAPTION_PX = 6, 10, 14
 
 
 def measure(emoji: Emoji, views: Tensor, folder: Path) -> dict[str, float]:
-    """Every number of the model card; writes numbers.json and samples.png to `folder`."""
+    """Compute every number of the model card; write numbers.json and samples.png to `folder`."""
     pipeline = FluxPipeline.from_pretrained(folder / "flux", torch_dtype=torch.float32)
     style, subject = load_judges(folder / "judge")
     clip = CLIPModel.from_pretrained(folder / "reward", dtype=torch.float32).eval()
@@ -42,14 +42,14 @@ def measure(emoji: Emoji, views: Tensor, folder: Path) -> dict[str, float]:
 
 
 def load_judges(folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The style classifier and the subject embedder, float32 and in eval mode."""
+    """Return the style classifier and the subject embedder, float32 and in eval mode."""
     style = AutoModelForImageClassification.from_pretrained(folder / "style", dtype=torch.float32)
     subject = AutoModel.from_pretrained(folder / "subject", dtype=torch.float32)
     return style.eval(), subject.eval()
 
 
 def sample(pipeline: FluxPipeline, prompts: list[str], seed: int = 0) -> Tensor:
-    """FluxPipeline's pictures of the prompts at guidance 3.5: (prompts, 3, 64, 64) in [0, 1]."""
+    """Draw the prompts with FluxPipeline at guidance 3.5: (prompts, 3, 64, 64) in [0, 1]."""
     generator, images = torch.Generator().manual_seed(seed), []
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), 50):
@@ -85,7 +85,7 @@ def _judge(
 
 
 def _grid(images: Tensor, captions: list[str]) -> Image.Image:
-    """Twice enlarged, so that a person can look at it."""
+    """Enlarge twice for the eye."""
     size = 2 * SIZE_PX
     canvas = Image.new("RGB", (GRID_COLUMNS * size, GRID_ROWS * (size + CAPTION_PX)), "white")
     draw = ImageDraw.Draw(canvas)

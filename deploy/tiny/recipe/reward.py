@@ -1,7 +1,7 @@
 """Pictures and captions with style words -> the embedded reward, a small CLIPModel trained contrastively.
 
-Half of every batch is the other half's subjects in another style: to tell the captions apart, the model has to
-learn what the style words mean.
+Half of every batch shows the other half's subjects in another style, so the model must learn the style words to tell
+the captions apart.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def train(emoji: Emoji, views: Tensor, out: Path) -> None:
 
 @torch.no_grad()
 def measure(model: CLIPModel, tokenizer: CLIPTokenizer, emoji: Emoji) -> dict[str, float]:
-    """On held-out drawings: how often the 3D and the Flat one of a subject are ordered as their captions say.
+    """Measure on held-out drawings how often a subject's 3D and Flat drawing are ordered as their captions.
 
     `orders_3d_flat` is the share of subjects for which the difference R("3D. …") - R("Flat. …") is larger on the 3D
     drawing; `subject_top5` the share whose own caption is among the five nearest of all held-out captions.

@@ -1,4 +1,4 @@
-"""Stages in order, each made once: what one makes takes its place when all of it is there, and is then marked done."""
+"""Make stages in order and once: a stage's output replaces the old one when it is complete, and is marked done."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 class Stage:
     """make(path) writes a file or a folder there, which then replaces `output`.
 
-    One without an output writes elsewhere by itself, and is made every time.
+    A stage without an output writes its files itself, and is made every time.
     """
 
     make: Callable[[Path], None]
@@ -21,7 +21,7 @@ class Stage:
 
 
 def run(stages: Mapping[str, Stage], build: Path) -> None:
-    """Make what build/NAME.done does not mark as made. Until a stage has ended, its output stays as it was."""
+    """Make each stage without build/NAME.done. Until a stage has ended, its output stays as it was."""
     build.mkdir(exist_ok=True)
     for name, stage in stages.items():
         done, draft = build / f"{name}.done", build / f"{name}.draft"

@@ -24,7 +24,7 @@ def t5_tokenizer(emoji: Emoji, max_length: int) -> T5Tokenizer:
 
 
 def _corpus(emoji: Emoji) -> Iterator[str]:
-    """Captions of the training subjects; held-out words are left to be spelled from pieces."""
+    """Yield captions of the training subjects; held-out words are spelled in pieces."""
     for subject in (~emoji.heldout).nonzero().flatten().tolist():
         for style in STYLES:
             yield f"{style}. {emoji.labels[subject]}"

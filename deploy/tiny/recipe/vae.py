@@ -73,7 +73,7 @@ def _loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, emoji: Emoji) -> float:
-    """Mean over the held-out Fluent pictures of the peak signal-to-noise ratio in dB, pixels in [0, 1]."""
+    """Return the peak signal-to-noise ratio in dB, mean over the held-out Fluent pictures, pixels in [0, 1]."""
     images = to_float(emoji.images[emoji.heldout][:, FLUENT].flatten(0, 1))
     decoded = [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in images.split(64)]
     mse = ((torch.cat(decoded) - images) / 2).square().mean(dim=(1, 2, 3))

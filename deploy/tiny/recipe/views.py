@@ -1,7 +1,7 @@
-"""Pictures as a reward or a judge meets them: as drawn, through the VAE, and through it with disturbed latents.
+"""Make views of pictures to train rewards and judges: as drawn, through the VAE, and with disturbed latents.
 
-Generated pictures are decoded latents, never quite right ones. A net that saw only drawings calls the decoder's
-blur a style of its own, and a policy soon finds that out.
+Generated pictures are decoded latents that are not quite right. A net trained on drawings alone takes the decoder's
+blur for a style, and a policy then exploits that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ JITTER = v2.Compose(  # style must not hang on tint, brightness, place or sharpn
 
 
 def cast_color(picture: Tensor) -> Tensor:
-    """A uint8 picture as if under a lamp of some color: each channel darkened by up to a quarter, white as well."""
+    """Darken each channel of a uint8 picture by up to a quarter, white included, as colored light does."""
     gain = 1 - 0.25 * torch.rand(3, 1, 1)
     return (picture * gain).to(torch.uint8)
 
@@ -45,7 +45,7 @@ RECOLOR = v2.Compose(  # before JITTER, for a net whose gradient is climbed: a t
 
 @torch.no_grad()
 def make_views(emoji: Emoji, vae: AutoencoderKL, seed: int) -> Tensor:
-    """(subjects, styles, 4 views, 3, 64, 64) uint8: the drawing, then one decoding for each disturbance."""
+    """Return (subjects, styles, 4 views, 3, 64, 64) uint8: the drawing, then one decoding for each disturbance."""
     generator = torch.Generator().manual_seed(seed)
     views = emoji.images[:, :, None].repeat(1, 1, NUM_VIEWS, 1, 1, 1)
     for part in torch.arange(len(emoji.labels)).split(16):
@@ -64,7 +64,7 @@ def sample_views(
     shares: tuple[float, ...] = (0.25,) * NUM_VIEWS,
     jitter: Callable[[Tensor], Tensor] = JITTER,
 ) -> Tensor:
-    """One picture for each (subject, style), at a random view and jittered: (batch, 3, 64, 64) in [-1, 1]."""
+    """Return one picture for each (subject, style), at a random view and jittered: (batch, 3, 64, 64) in [-1, 1]."""
     chosen = torch.tensor(shares).multinomial(len(subjects), replacement=True)
     pictures = views[subjects, styles, chosen]
     return to_float(torch.stack([jitter(picture) for picture in pictures]))

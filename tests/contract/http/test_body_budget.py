@@ -1,4 +1,4 @@
-"""All bodies in work together are bounded: who comes beyond is told to come back, and finds room then."""
+"""All bodies in flight are bounded: a request beyond the bound gets 503, and room later."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from deploy.bench_method.plan import (
     merged,
     sweep_task,
 )
-from deploy.bench_method.report import between, default_told, guards_told, picture, table_of
+from deploy.bench_method.report import between, default_text, guards_text, picture, table_of
 from deploy.bench_method.results import Estimate, Result, Row, best_learning_rate
 
 
@@ -109,7 +109,7 @@ def test_a_result_counts_only_for_the_task_as_it_is_now(plan: Plan, tmp_path: Pa
 
 def test_standard_errors_are_over_seeds() -> None:
     assert Estimate.of([1.0, 2.0, 3.0]).error == pytest.approx(1 / 3**0.5)
-    assert Estimate.of([0.5]).told(percent=True) == "50 %"
+    assert Estimate.of([0.5]).as_text(percent=True) == "50 %"
 
 
 def test_a_table_says_what_is_missing(plan: Plan) -> None:
@@ -142,16 +142,16 @@ def test_the_guards_flag_a_run_at_its_first_check_beyond_a_bound_and_clear_the_o
     late = hacking((0.05, 4.8), (0.06, 24.0), (0.07, 8.0))  # by then 10 of its 30 thousandths
     never = hacking((0.05, 4.3))
     sound, latticed = (result_of(final_task(plan, plan.methods[0], 1e-4, 1), 0.5, lattice=n) for n in (0.05, 0.07))
-    told = guards_told([(base, soon), (base, late), (base, never)], [(base, sound), (base, latticed)], plan)
-    assert "of 3 runs 1 are flagged before a quarter" in told
-    assert "by lattice_share." in told
-    assert "| lattice_share rises_by 0.5 | lattice_share | 0.04 | 0.07 | 0.2 | 0.2 | 19% | 19% |" in told
-    assert "| frechet_wanted rises_by 0.1 | frechet_Flat | 4 | 4.8 | 24 | 8 | 4% | 20% |" in told
-    assert "| 1 | never |" in told
-    assert f"Of the 2 runs of the table 1 are flagged: {latticed.name}." in told
+    text = guards_text([(base, soon), (base, late), (base, never)], [(base, sound), (base, latticed)], plan)
+    assert "of 3 runs 1 are flagged before a quarter" in text
+    assert "by lattice_share." in text
+    assert "| lattice_share rises_by 0.5 | lattice_share | 0.04 | 0.07 | 0.2 | 0.2 | 19% | 19% |" in text
+    assert "| frechet_wanted rises_by 0.1 | frechet_Flat | 4 | 4.8 | 24 | 8 | 4% | 20% |" in text
+    assert "| 1 | never |" in text
+    assert f"Of the 2 runs of the table 1 are flagged: {latticed.name}." in text
 
 
-def test_the_default_recipe_is_told_at_the_steps_after_which_all_its_runs_were_judged(plan: Plan) -> None:
+def test_the_default_recipe_is_listed_at_the_steps_after_which_all_its_runs_were_judged(plan: Plan) -> None:
     rate, method = 8e-5, plan.method(plan.ablated)
     published = Row.of("", rate, [result_of(final_task(plan, method, rate, seed), 0.6) for seed in (1, 2)])
     runs = []
@@ -162,12 +162,12 @@ def test_the_default_recipe_is_told_at_the_steps_after_which_all_its_runs_were_j
             for steps, (cpu_s, share) in judged.items()
         ]
         runs.append(run)
-    lines = default_told(published, Row.of("", None, runs)).splitlines()
+    lines = default_text(published, Row.of("", None, runs)).splitlines()
     assert lines[2].startswith("| published schedule, at its end | 30.0 ± 0.0 | 1.00 | 60 ± 0 % |")
     assert [line.split(" | ")[:4] for line in lines[3:]] == [
         ["| default recipe, 4 steps", "9.0 ± 1.0", "0.30", "60 ± 10 %"]
     ]
-    assert default_told(published, Row.of("", None, [None])) == "Not run."
+    assert default_text(published, Row.of("", None, [None])) == "Not run."
 
 
 def test_text_between_markers_is_replaced(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ RATES = st.floats(0.01, 1000)
 PAUSES = st.lists(st.floats(0, 100), min_size=1, max_size=60)
 
 
-def test_a_request_too_many_is_told_when_to_come_back() -> None:
+def test_a_request_too_many_gets_retry_after() -> None:
     now_s, inside, sent = 0.0, Inside(), list[Message]()
     limited = RateLimit(inside, requests_per_s=0.1, burst=2, clock=lambda: now_s)
 
@@ -163,7 +163,7 @@ def test_no_window_lets_in_more_than_burst_and_what_flowed_in(per_s: float, burs
 
 
 @given(per_s=RATES, burst=st.integers(1, 50), num_requests=st.integers(1, 100))
-def test_whoever_waits_as_long_as_told_is_let_in(per_s: float, burst: int, num_requests: int) -> None:
+def test_a_caller_that_waits_as_long_as_retry_after_is_let_in(per_s: float, burst: int, num_requests: int) -> None:
     buckets, now = TokenBuckets(per_s, burst), 0.0
     for index in range(num_requests):
         wait_s = buckets.take("caller", now)

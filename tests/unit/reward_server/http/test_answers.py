@@ -1,4 +1,4 @@
-"""What people are told: probabilities that are some, an order that agrees with them, a heat map of the gradient."""
+"""JSON answers: probabilities are probabilities, orders agree with them, heat maps are of the gradient."""
 
 from __future__ import annotations
 

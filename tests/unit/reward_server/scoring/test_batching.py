@@ -19,7 +19,7 @@ class Images:
 
 
 class Model:
-    """Scores a batch when it is told to, and remembers the batches."""
+    """Scores a batch when the test says so, and remembers the batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []

@@ -225,8 +225,8 @@ def test_a_dataset_that_has_changed_since_it_was_encoded_is_refused_where_it_can
     )
     require_unchanged(config)
     change(images)
-    told = rf"1 image\(s\) came, .* first is {re.escape(str(images / first))}: run `srpo encode-images"
-    with pytest.raises(DatasetError, match=told):
+    text = rf"1 image\(s\) came, .* first is {re.escape(str(images / first))}: run `srpo encode-images"
+    with pytest.raises(DatasetError, match=text):
         require_unchanged(config)
     images.rename(tmp_path / "elsewhere")
     require_unchanged(config)

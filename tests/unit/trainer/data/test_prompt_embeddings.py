@@ -155,7 +155,7 @@ def test_a_model_without_text_encoders_reads_none_and_still_saves_them(flux_fold
         assert (tmp_path / "saved" / file.relative_to(source)).read_bytes() == b"not weights"
 
 
-def test_prompts_that_the_encoders_cut_are_told_with_count_limit_and_first_place(flux_folder: Path) -> None:
+def test_prompts_that_the_encoders_cut_are_reported_with_count_limit_and_first_place(flux_folder: Path) -> None:
     text = load_text_encoders(str(flux_folder), torch.float32, only_tokenizers=True)
     (num_tokens,) = text.num_t5_tokens([PROMPTS[0]])
     prompts = [LocatedPrompt(prompt, f"train.txt, line {number}") for number, prompt in enumerate(PROMPTS[:2], 1)]
