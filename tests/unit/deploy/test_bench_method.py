@@ -92,7 +92,7 @@ def test_the_best_rate_has_the_largest_share_among_the_faithful_and_clean(plan: 
     assert best_learning_rate(base, [result_of(good, 0.5, 0.1), latticed]) == 1e-4
     broken = result_of(far, 0.9, error="the loss is nan")
     assert best_learning_rate(base, [swept[0], broken]) == 1e-5
-    with pytest.raises(ValueError, match="every learning rate broke down"):
+    with pytest.raises(ValueError, match="every learning rate failed"):
         best_learning_rate(base, [broken])
 
 

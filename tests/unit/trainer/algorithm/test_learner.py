@@ -50,6 +50,9 @@ BASELINES: dict[str, dict[str, Any]] = {
     "draft_lv": {"kind": "draft_lv"},
     "grpo": {"kind": "grpo", "group_size": 3, "num_trained_steps": 2, "num_updates": 2, "clip_range": 1.0},
 }
+# GRPO divides rewards by their spread in a group. For a difference of two rewards the spread is so small here that the
+# images' rounding shows as 3e-5 of the gradient; for the reward of one text it is 4e-7.
+BASELINE_OBJECTIVES = {"refl": "srp", "draft_lv": "srp", "grpo": "plain"}
 SIZES = [(HEIGHT_PX, WIDTH_PX), (WIDTH_PX, HEIGHT_PX)]
 STEP = 3
 CLOSE = 1e-5  # of the largest gradient
@@ -74,7 +77,7 @@ def make_run(folder: Path, name: str, num_workers: int, micro_batch: int, zero_s
 
     With so large an epsilon AdamW moves a weight by 100 times its gradient, which float32 resolves well.
     """
-    objective = {"kind": "srp"} if name in BASELINES else OBJECTIVES.get(name, {})
+    objective = {"kind": BASELINE_OBJECTIVES[name]} if name in BASELINES else OBJECTIVES.get(name, {})
     size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
     sizes = SIZES if name in OTHER_SOURCES else []
     source: dict[str, Any] = {"prompts": {"path": folder / "prompts.txt"}}
@@ -185,8 +188,7 @@ def test_a_step_is_the_same_in_every_layout(
     moved, expected = ({key: each[key] - start[key] for key in start} for each in (weights, expected_weights))
     largest = max(each.abs().max() for each in expected.values())
     assert largest > 1e-2, "the gradient shows"
-    close = 3 * CLOSE if name == "grpo" else CLOSE  # an advantage divides by how little the rewards of a group differ
-    torch.testing.assert_close(moved, expected, rtol=0, atol=close * float(largest))
+    torch.testing.assert_close(moved, expected, rtol=0, atol=CLOSE * float(largest))
 
 
 def test_a_step_with_embeddings_from_disk_is_the_same_to_the_last_bit(
