@@ -118,7 +118,8 @@ class LocalServices:
             f"--dashboard-host={HOST}",
             f"--dashboard-port={self.settings.dashboard_port}",
             f"--temp-dir={temp_dir}",
-            "--num-cpus=4",  # slots, not cores: the reward service, two workers and the job's driver take turns
+            # slots, not cores: the reward service, two workers and the job's driver take turns
+            f"--num-cpus={max(4, os.cpu_count() or 1)}",
             f"--object-store-memory={256 * 2**20}",  # nothing large travels between actors
             *(f"--{name}={free_port()}" for name in ("port", "ray-client-server-port", "dashboard-agent-listen-port")),
         ]
