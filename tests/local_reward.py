@@ -31,13 +31,13 @@ class LocalReward:
         self, name: str, images: Float32, pairs: tuple[PromptPair, ...], scales: tuple[float, ...], with_gradient: bool
     ) -> RewardResponse:
         self.requests.append((name, pairs, scales))
-        leaf = torch.tensor(images, dtype=torch.float64, requires_grad=True)  # GRPO shows the rounding of rewards
+        leaf = torch.tensor(images, requires_grad=True)
         positive = self._each(leaf, [pair.positive_text for pair in pairs])
         negative = self._each(leaf, [pair.negative_text for pair in pairs]) * self.reads_text
         rewards = (1 + torch.tensor(scales)) * positive - negative
         (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
-        values = [value.detach().float().numpy() for value in (rewards, positive, negative)]
-        given = gradient.float().numpy() if with_gradient else None
+        values = [value.detach().numpy() for value in (rewards, positive, negative)]
+        given = gradient.numpy() if with_gradient else None
         return RewardResponse(values[0], values[1][None], values[2][None], given, (name,), "0")
 
     def _each(self, images: Tensor, texts: list[str]) -> Tensor:

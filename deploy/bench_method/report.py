@@ -90,7 +90,8 @@ def table_of(rows: Sequence[Row]) -> str:
     lines = [head, ["---"] * len(head)]
     for row in rows:
         label = row.label + (f" ({len(row.results)} of {row.num_wanted} seeds)" if row.is_short else "")
-        cells = [cell_of(row) for cell_of in columns.values()] if row.results else [row.trouble] + [""] * (len(columns) - 1)
+        empty = [""] * (len(columns) - 1)
+        cells = [cell_of(row) for cell_of in columns.values()] if row.results else [row.trouble, *empty]
         lines.append([label, _rate(row), *cells])
     return _as_table(lines)
 

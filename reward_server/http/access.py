@@ -51,7 +51,7 @@ def read_keys(environ: Mapping[str, str]) -> tuple[str, ...]:
 def check_binding(host: str, keys: Collection[str]) -> None:
     """Raise AccessError if other machines could reach `host` and no key is set.
 
-    Call it with the address of every listener before it listens (deployment.py, deploy/local.py): Serve's
+    Call it with the address of every listener before it listens (deployment.py): Serve's
     `http_options.host`, and 0.0.0.0 where HAProxy mode binds replicas to all interfaces.
     """
     if not keys and not _is_loopback(host):

@@ -14,10 +14,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class LimitExceeded(ContractError):
-    """A request over a limit; the text names the limit and the number, and `reason` is the limit's key."""  # fmt: skip
-
-    """
-    """
+    """A request over a limit; the text names the limit and the number, and `reason` is the limit's key."""
 
     def __init__(self, limit: str, text: str) -> None:
         super().__init__(limit, text)  # both, so that it survives pickling

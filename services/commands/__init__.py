@@ -1,1 +1,1 @@
-"""The command srpo: one file a verb."""
+"""The command srpo: main.py puts the verbs together."""

@@ -38,6 +38,12 @@ class RunWordsConfig(ControlWordsConfig):
     steer` changes the words of a running training (see services/STEERING.md), never those of evaluation and guard.
     """
 
+    positive: Word
+    """The training moves toward this word. It may be left out if there are `pairs`."""
+
+    negative: Word
+    """The training moves away from this word. It may be left out if there are `pairs`."""
+
     kind: Literal["fixed", "cycle", "choice"] = "fixed"
     """`fixed`: one pair, `positive` and `negative`. `cycle`: the `pairs` in turn. `choice`: one of the `pairs`, drawn
     with their weights by seed, step and sample."""

@@ -31,7 +31,7 @@ class DirectAlignLearner(Learner[Injection]):
 
     def __init__(self, config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> None:
         super().__init__(config, engine, policy, score, encode)
-        for sampling in self._samplings.values():  # launch.py cannot check a dynamic shift: it is the model's
+        for sampling in self._samplings.values():  # preflight.py cannot: a dynamic shift is the model's
             num_delta_levels(config.objective, level_sigmas(config.objective, sampling.shift))
 
     def learn(self, injection: Injection) -> None:

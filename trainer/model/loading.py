@@ -59,7 +59,7 @@ def load_text_encoders(
 
 def load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str, **without: None) -> FluxPipeline:
     """Load a pipeline without the parts that are given as None. Raise ModelError."""
-    from diffusers import FluxPipeline  # on use: it takes 5 s, and launch.py only checks the path
+    from diffusers import FluxPipeline  # on use: it takes 5 s, and preflight.py only checks the path
 
     try:
         pipeline = FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
