@@ -98,7 +98,8 @@ def test_gradient_checkpointing_saves_less_and_changes_no_gradient(flux: Policy,
         gradients = torch.autograd.grad(images.sum(), list(model.transformer.parameters()))
         results.append((gradients, sum(of_transformer), sum(of_decoder)))
     (plain, *all_saved), (recomputed, *few_saved) = results
-    torch.testing.assert_close(recomputed, plain)
+    largest = max(float(gradient.abs().max()) for gradient in plain)
+    torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-5 * largest)  # both round
     for few, everything in zip(few_saved, all_saved, strict=True):
         assert few < 0.5 * everything
 
