@@ -13,6 +13,7 @@
                                            print the reward of pictures
     srpo rank-words IMAGE… --prompt … --words …
                                            print which control words could change the reward on these pictures
+    srpo viewing KEY CHOICES…              count the choices of a blind viewing
 
 It starts programs (`python -m trainer.…`) and calls services; it imports neither torch nor the trainer. A mistake of
 the caller ends with exit code 1 and one line that names what is wrong and what to do.
@@ -28,7 +29,7 @@ from typing import NoReturn
 
 from services.clients.jobs import JobsError
 from services.clients.reward import RewardError
-from services.commands import jobs, rank_words, score, steer
+from services.commands import jobs, rank_words, score, steer, viewing
 from services.commands.usage import UsageError, add_run_file
 from services.commands.word_effects import TrialError
 from services.config.run import ConfigError, load_run_config
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     rank_words.configure(
         commands.add_parser("rank-words", help="print which control words could change the reward on given pictures")
     )
+    viewing.configure(commands.add_parser("viewing", help="count the choices of a blind viewing"))
     return parser
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from services.config.fields import Frozen, Positive, PositiveFloat
+from services.config.dataset import CaptionedConfig
+from services.config.fields import Frozen, NonNegative, Positive, PositiveFloat
 from services.config.prompts import PromptsPath
 
 
@@ -42,6 +43,10 @@ class EvaluationConfig(Frozen):
     reference_path: Path | None = None
     """A folder of real pictures. The distance to them is the metric `frechet_reference` of guard and `srpo
     evaluate`."""
+
+    truth: CaptionedConfig | None = None
+    """Real pictures of the wanted style, one for each prompt, which is its caption. Guard and `srpo evaluate` compare
+    each image with the picture of its prompt; these metrics begin with `truth_`."""
 
 
 class StopRuleConfig(Frozen):
@@ -156,3 +161,12 @@ class ComparisonConfig(Frozen):
 
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """The confidence level of the intervals."""
+
+    num_viewing_pairs: NonNegative = 0
+    """The pairs on the page of a blind viewing, base and first model with the sides shuffled; 0: no page. `srpo
+    viewing` counts the choices that viewers save."""
+
+    draws_oracle: bool = False
+    """Also draw with the base model under the positive control word, as in "3D. grinning face". If the base knows the
+    word, this is what an aligned model should draw without it. With `evaluation.truth`, `gap_closed_…` tells where a
+    model stands between base (0) and oracle (1)."""

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from services.config.dataset import DatasetConfig
+from services.config.dataset import CaptionedConfig
 from services.pictures import PictureError, open_picture, read_pixels
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -69,15 +69,26 @@ class CaptionedImage:
         return read_pixels(open_picture(data, self.name), self.name)
 
 
-def list_images(dataset: DatasetConfig) -> list[CaptionedImage]:
-    """Return all images with their captions, in a fixed order. Raise DatasetError."""
+class _Wrong(ValueError):
+    """What is wrong; the text begins with the name of a key in the section."""
+
+
+def list_images(source: CaptionedConfig, section: str = "dataset") -> list[CaptionedImage]:
+    """Return all images with their captions, in a fixed order. Raise DatasetError, which names the section's key."""
+    try:
+        return _list_images(source)
+    except _Wrong as error:
+        raise DatasetError(f"{section}.{error}") from error
+
+
+def _list_images(dataset: CaptionedConfig) -> list[CaptionedImage]:
     path = dataset.path
     if path.is_file():
         tables = [path]
     elif path.is_dir():
         tables = sorted(path.glob("*.parquet"))
     else:
-        raise DatasetError(f"dataset.path {path}: no such folder or file: give a folder of images, or a .parquet file")
+        raise _Wrong(f"path {path}: no such folder or file: give a folder of images, or a .parquet file")
     if tables:
         found = [image for table in tables for image in _in_parquet(table, dataset)]
     elif (path / _METADATA).is_file():
@@ -85,7 +96,7 @@ def list_images(dataset: DatasetConfig) -> list[CaptionedImage]:
     else:
         found = _with_text_files(path)
     if not found:
-        raise DatasetError(f"dataset.path {path} has no images ({', '.join(_SUFFIXES)}) and no .parquet file")
+        raise _Wrong(f"path {path} has no images ({', '.join(_SUFFIXES)}) and no .parquet file")
     return found
 
 
@@ -100,7 +111,7 @@ def _with_text_files(folder: Path) -> list[CaptionedImage]:
     _require_none(folder, sorted(texts - set(captions.values())), "caption without an image")
     if len(set(captions.values())) < len(images):
         first, second = next((a, b) for a, b in pairwise(images) if captions[a] == captions[b])
-        raise DatasetError(f"dataset.path: {first} and {second} would share the caption {captions[first]}: rename one")
+        raise _Wrong(f"path: {first} and {second} would share the caption {captions[first]}: rename one")
     return [CaptionedImage(str(image), _caption(_text(captions[image]), str(captions[image]))) for image in images]
 
 
@@ -110,7 +121,7 @@ def _with_metadata(folder: Path, column: str) -> list[CaptionedImage]:
     images = [_of_line(folder, line, f"{file} line {number}", column) for number, line in _lines(file)]
     listed = {Path(image.path) for image in images}
     if len(listed) < len(images):
-        raise DatasetError(f"dataset.path: {file} names {len(images) - len(listed)} image(s) twice")
+        raise _Wrong(f"path: {file} names {len(images) - len(listed)} image(s) twice")
     _require_none(folder, sorted(set(_image_files(folder)) - listed), f"image without a line in {_METADATA}")
     _require_none(
         folder, sorted(path for path in listed if not path.is_file()), f"line of {_METADATA} without an image"
@@ -122,22 +133,22 @@ def _of_line(folder: Path, line: str, place: str, column: str) -> CaptionedImage
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DatasetError(f"dataset.path: {place} is not JSON: {error}") from error
+        raise _Wrong(f"path: {place} is not JSON: {error}") from error
     for field in ("file_name", column):
         if not isinstance(fields, dict) or not isinstance(fields.get(field), str):
-            raise DatasetError(f"dataset.path: {place} has no text {field!r}: {line[:80]}")
+            raise _Wrong(f"path: {place} has no text {field!r}: {line[:80]}")
     return CaptionedImage(str(folder / fields["file_name"]), _caption(fields[column], place))
 
 
-def _in_parquet(file: Path, dataset: DatasetConfig) -> list[CaptionedImage]:
+def _in_parquet(file: Path, dataset: CaptionedConfig) -> list[CaptionedImage]:
     try:
         table = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DatasetError(f"dataset.path: {file} is no parquet file: {error}") from error
+        raise _Wrong(f"path: {file} is no parquet file: {error}") from error
     for key in ("image_column", "caption_column"):
         if (name := getattr(dataset, key)) not in table.schema_arrow.names:
             present = ", ".join(table.schema_arrow.names)
-            raise DatasetError(f"dataset.{key} {name!r} is no column of {file}, which has: {present}")
+            raise _Wrong(f"{key} {name!r} is no column of {file}, which has: {present}")
     images: list[CaptionedImage] = []
     for group in range(table.num_row_groups):
         first = len(images)
@@ -168,15 +179,15 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"dataset.path: cannot read {file} as UTF-8 text: {error}") from error
+        raise _Wrong(f"path: cannot read {file} as UTF-8 text: {error}") from error
 
 
 def _caption(text: object, place: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise DatasetError(f"dataset.path: the caption of {place} is no text, or empty: {text!r}")
+        raise _Wrong(f"path: the caption of {place} is no text, or empty: {text!r}")
     return " ".join(text.split())
 
 
 def _require_none(folder: Path, wrong: list[Path], what: str) -> None:
     if wrong:
-        raise DatasetError(f"dataset.path {folder}: {len(wrong)} × {what}, the first is {wrong[0]}")
+        raise _Wrong(f"path {folder}: {len(wrong)} × {what}, the first is {wrong[0]}")

@@ -27,6 +27,7 @@ from trainer.draws import guard_generator
 from trainer.evaluation.drawing import PictureSet
 from trainer.evaluation.judges import Judges
 from trainer.evaluation.measurements import Measurements, Measurer, metric_names
+from trainer.evaluation.real_pictures import truth_of
 from trainer.evaluation.similarities import similarities
 from trainer.evaluation.stop_rules import Check, best_check, broken_rule, exported_check, require_sound_base
 
@@ -147,17 +148,20 @@ def guard_measurer(config: RunConfig, settings: GuardConfig, client: RewardClien
     rewards = {
         name: partial(similarities, client, config, reward) for name, reward in reward_metrics(config, settings).items()
     }
-    return Measurer(rewards, judges, config.evaluation.reference_path, settings.num_images_per_prompt)
+    truth = truth_of(config, guard_prompts(config, settings))
+    return Measurer(rewards, judges, config.evaluation.reference_path, settings.num_images_per_prompt, truth)
 
 
 def check_guard(config: RunConfig, settings: GuardConfig, offered: Collection[str]) -> None:
     """Raise ValueError, before anything starts, if the guard cannot work as the run file sets it.
 
-    `offered`: the rewards that the service has. Raises PromptsError if there are too few prompts.
+    `offered`: the rewards that the service has. Raises PromptsError if there are too few prompts, and DatasetError if
+    evaluation.truth lacks one of them.
     """
     prompts, judges, held_out = guard_prompts(config, settings), config.evaluation.judge_path, settings.held_out_reward
     if judges and (unknown := sorted(set(prompts) - set(Judges.subjects(judges)))):
         raise ValueError(f"evaluation.judge_path knows no subject {unknown[0]!r} of the guard's prompts")
+    truth_of(config, prompts)
     if held_out in {reward.name for reward in config.rewards}:
         raise ValueError(f"guard.held_out_reward {held_out!r} is one that the run trains on: give another")
     if held_out is not None and held_out not in offered:
@@ -175,7 +179,8 @@ def measured_metrics(config: RunConfig, settings: GuardConfig) -> set[str]:
     rule on it serves both a prompt pair and its reverse.
     """
     evaluation, rewards = config.evaluation, list(reward_metrics(config, settings))
-    names = metric_names(rewards, evaluation.judge_path, evaluation.reference_path, settings.num_images_per_prompt)
+    repeats, has_truth = settings.num_images_per_prompt, evaluation.truth is not None
+    names = metric_names(rewards, evaluation.judge_path, evaluation.reference_path, repeats, has_truth)
     names |= {"frechet_wanted"} if _distance_to_positive(config) in names else set()
     return {f"guard/{name}" for name in names}
 

@@ -135,6 +135,15 @@ class Judges:
         """Return the style judge's features (num_images, d) of uint8 images."""
         return self._pooled(images, batch).flatten(1).cpu()
 
+    @torch.no_grad()
+    def subject_similarity(self, images: Tensor, others: Tensor, batch: int) -> Tensor:
+        """Return the cosine of the subject embeddings of uint8 images, one to one, (num_images,)."""
+        embeddings, other_embeddings = (
+            torch.cat([self._subject(_pixels(chunk, self._subject)).pooler_output for chunk in each.split(batch)])
+            for each in (images, others)
+        )
+        return F.cosine_similarity(embeddings.flatten(1), other_embeddings.flatten(1)).cpu()
+
     def _pooled(self, images: Tensor, batch: int) -> Tensor:
         parts = [self._style.base_model(_pixels(chunk, self._style)).pooler_output for chunk in images.split(batch)]
         return torch.cat(parts)

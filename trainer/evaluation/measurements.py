@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from trainer.evaluation.judges import Judges, frechet_distance, gaussian_of
+from trainer.evaluation.paired import PAIRED, correlation, hue_distance, paired_values
 from trainer.evaluation.real_pictures import read_pictures
 from trainer.evaluation.statistics import (
     common_mode,
     diversity,
+    edge_strength,
     feature_distance,
     picture_features,
     picture_statistics,
@@ -32,7 +34,12 @@ from trainer.evaluation.statistics import (
 # images (num_images, 3, height, width) uint8 with one prompt for each -> similarities (num_images,) under the positive
 # and under the negative word
 Similarities = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
-_STATISTICS = ("saturation", "dark_share", "edge_density", "color_entropy", "lattice_share")
+_STATISTICS = (
+    "saturation", "dark_share", "edge_density", "color_entropy", "lattice_share", "contrast", "sharpness",
+    "local_entropy",
+)  # fmt: skip
+_DRIFTS = ("base_pixel_distance", "base_feature_distance", "base_edge_correlation", "base_hue_distance")
+SUBJECT_SIMILARITY = "truth_subject_similarity"
 _BATCH = 32  # images measured at a time
 
 
@@ -51,7 +58,11 @@ class Measurements:
 
 
 class Measurer:
-    """Measures images by rewards (whose metrics begin with "reward"), judges, and a folder of real pictures."""
+    """Measures images by rewards (whose metrics begin with "reward"), judges, and real pictures.
+
+    reference_path: a folder of real pictures, of which the distribution counts. truth: the real picture of each prompt,
+    (3, height, width) uint8.
+    """
 
     def __init__(
         self,
@@ -59,8 +70,10 @@ class Measurer:
         judges: Judges | None,
         reference_path: Path | None,
         num_images_per_prompt: int,
+        truth: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._rewards, self._judges, self._num_images_per_prompt = rewards, judges, num_images_per_prompt
+        self._truth = truth
         self._references = judges.references if judges else {}
         self._reference_path = reference_path
 
@@ -76,11 +89,11 @@ class Measurer:
         else:
             judge_values, features = self._judges.judge(images, prompts, _BATCH)
             values |= judge_values
+        if self._truth is not None:
+            values |= self._compare(images, torch.stack([self._truth[prompt] for prompt in prompts]))
         measurements = Measurements(images, values, features)
         base = base or measurements
-        values["base_pixel_distance"] = torch.cat(
-            [pixel_distance(*pair) for pair in zip(images.split(_BATCH), base.images.split(_BATCH), strict=True)]
-        )
+        values |= _drifts(images, base.images)
         values["base_feature_distance"] = feature_distance(features, base.features)
         return measurements
 
@@ -105,6 +118,14 @@ class Measurer:
             self._references = {**self._references, "frechet_reference": gaussian_of(features)}
         return self._references
 
+    def _compare(self, images: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """Return the distances of images to the real pictures of their prompts."""
+        parts = [paired_values(*pair) for pair in zip(images.split(_BATCH), real.split(_BATCH), strict=True)]
+        values = {name: torch.cat([part[name] for part in parts]) for name in PAIRED}
+        if self._judges is None:
+            return values
+        return values | {SUBJECT_SIMILARITY: self._judges.subject_similarity(images, real, _BATCH)}
+
     def _reward_values(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         values = {}
         for name, similarities in self._rewards.items():
@@ -115,13 +136,18 @@ class Measurer:
 
 
 def metric_names(
-    rewards: Sequence[str], judge_path: Path | None, reference_path: Path | None, num_images_per_prompt: int
+    rewards: Sequence[str],
+    judge_path: Path | None,
+    reference_path: Path | None,
+    num_images_per_prompt: int,
+    has_truth: bool = False,
 ) -> set[str]:
     """Return the names of all numbers that a Measurer with these arguments gives, without making one."""
     names = {*rewards, *map(common_mode_name, rewards), *_STATISTICS, "diversity_prompts"}
-    names |= {"base_pixel_distance", "base_feature_distance"}
+    names |= set(_DRIFTS)
     names |= Judges.metrics(judge_path) if judge_path else set()
     names |= {"frechet_reference"} if reference_path else set()
+    names |= {*PAIRED, *([SUBJECT_SIMILARITY] if judge_path else [])} if has_truth else set()
     return names | ({"diversity_seeds"} if num_images_per_prompt > 1 else set())
 
 
@@ -132,6 +158,21 @@ def common_mode_name(reward: str) -> str:
     ('common_mode', 'common_mode_hpsv2.1')
     """
     return reward.replace("reward", "common_mode", 1)
+
+
+def _drifts(images: Tensor, base: Tensor) -> dict[str, Tensor]:
+    """Return how far images are from the base model's of the same prompts and seeds: pixels, structure, hue."""
+    parts = []
+    for chunk, base_chunk in zip(images.split(_BATCH), base.split(_BATCH), strict=True):
+        pixels, before = chunk.double() / 255, base_chunk.double() / 255
+        parts.append(
+            {
+                "base_pixel_distance": pixel_distance(chunk, base_chunk),
+                "base_edge_correlation": correlation(edge_strength(pixels), edge_strength(before)),
+                "base_hue_distance": hue_distance(pixels, before),
+            }
+        )
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _by_batch(measure: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:

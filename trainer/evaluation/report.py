@@ -50,12 +50,14 @@ def _table(columns: Sequence[Column]) -> str:
     head = "".join(f"<th>{html.escape(column.name)}</th>" for column in columns)
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td>{''.join(_cell(column, name) for column in columns)}</tr>"
-        for name in columns[0].numbers
+        for name in dict.fromkeys(name for column in columns for name in column.numbers)
     )
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _cell(column: Column, name: str) -> str:
+    if name not in column.numbers:
+        return "<td></td>"
     cell = _format(column.numbers[name])
     if name in column.differences:
         difference = column.differences[name]
@@ -77,15 +79,15 @@ def _pictures(columns: Sequence[Column], captions: Sequence[str]) -> str:
     head = "".join(f"<th>{html.escape(column.name)}</th>" for column in columns)
     rows = "".join(
         f"<tr><td>{html.escape(caption)}</td>"
-        + "".join(f"<td>{_picture(column.images[row], f'{caption}, {column.name}')}</td>" for column in columns)
+        + "".join(f"<td>{image_tag(column.images[row], f'{caption}, {column.name}')}</td>" for column in columns)
         + "</tr>"
         for row, caption in enumerate(captions)
     )
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _picture(image: Tensor, alt: str) -> str:
-    """Return an <img> that contains the image as a PNG in a data URI."""
+def image_tag(image: Tensor, alt: str) -> str:
+    """Return an <img> that contains a uint8 image (3, height, width) as a PNG in a data URI."""
     file = io.BytesIO()
     PIL.Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode("ascii")

@@ -13,6 +13,7 @@ from torch import Tensor
 _DARK = 0.2  # a pixel with luma below this is dark
 _EDGE = 0.1  # a pixel where luma changes by this much per pixel, or more, is an edge
 _COLOR_LEVELS = 4  # per channel: 64 colors
+_GRAY_LEVELS, _WINDOW_PX = 8, 8  # of local_entropy
 _CELLS = 4  # rows and columns of the fixed features
 _TOKEN_PX = 16  # a transformer token's width and height in every FLUX: 8 of the VAE × 2 of the patch
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
@@ -27,16 +28,24 @@ def picture_statistics(images: Tensor) -> dict[str, Tensor]:
     color_entropy: −Σ p log2 p over 64 colors, 4 levels per channel, in bits; at most 6.
     lattice_share: share of luma's variance that repeats with the period of a token, 16 pixels; in [0, 1], 0 for a
     single color. Over-optimized rewards favor such a lattice, which people see and judges often do not.
+    contrast: standard deviation of luma over pixels; it falls as images wash out.
+    sharpness: root mean square of the change of luma per pixel (Sobel's operator); it falls as images blur.
+    local_entropy: −Σ p log2 p over 8 levels of luma, in bits, mean over windows of 8 × 8 pixels; it falls as areas run
+    into one color and rises with noise.
     """
     pixels = images.double() / 255
+    gray, edges = luma(pixels), edge_strength(pixels)
     brightest, darkest = pixels.amax(dim=1), pixels.amin(dim=1)
     saturation = torch.where(brightest > 0, (brightest - darkest) / brightest.clamp(min=1e-9), 0.0)
     return {
         "saturation": saturation.mean(dim=(1, 2)),
-        "dark_share": (_luma(pixels) < _DARK).double().mean(dim=(1, 2)),
-        "edge_density": (_edge_strength(pixels) >= _EDGE).double().mean(dim=(1, 2)),
+        "dark_share": (gray < _DARK).double().mean(dim=(1, 2)),
+        "edge_density": (edges >= _EDGE).double().mean(dim=(1, 2)),
         "color_entropy": _color_entropy(images),
-        "lattice_share": _lattice_share(_luma(pixels)),
+        "lattice_share": _lattice_share(gray),
+        "contrast": gray.flatten(1).std(dim=1, correction=0),
+        "sharpness": edges.square().mean(dim=(1, 2)).sqrt(),
+        "local_entropy": _local_entropy(gray),
     }
 
 
@@ -46,7 +55,7 @@ def picture_features(images: Tensor) -> Tensor:
     They replace a judge's features in a run without judges. They show color, layout and contrast, not content.
     """
     pixels = images.double() / 255
-    layers = torch.cat([pixels, _edge_strength(pixels)[:, None]], dim=1)
+    layers = torch.cat([pixels, edge_strength(pixels)[:, None]], dim=1)
     return F.adaptive_avg_pool2d(layers, _CELLS).flatten(1)
 
 
@@ -84,7 +93,7 @@ def common_mode(positive: Tensor, negative: Tensor) -> Tensor:
     return (positive + negative) / 2
 
 
-def _luma(pixels: Tensor) -> Tensor:
+def luma(pixels: Tensor) -> Tensor:
     return torch.einsum("nchw,c->nhw", pixels, pixels.new_tensor(_LUMA))
 
 
@@ -101,12 +110,22 @@ def _lattice_share(luma: Tensor) -> Tensor:
     return repeated.var(dim=1, correction=0) / whole.var(dim=1, correction=0).clamp(min=1e-9)
 
 
-def _edge_strength(pixels: Tensor) -> Tensor:
+def edge_strength(pixels: Tensor) -> Tensor:
     """Return the change of luma per pixel (num_images, height, width): Sobel's operator / 8, borders repeated."""
     across = pixels.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 8
     kernels = torch.stack([across, across.T])[:, None]
-    slopes = F.conv2d(F.pad(_luma(pixels)[:, None], (1, 1, 1, 1), mode="replicate"), kernels)
+    slopes = F.conv2d(F.pad(luma(pixels)[:, None], (1, 1, 1, 1), mode="replicate"), kernels)
     return slopes.norm(dim=1)
+
+
+def _local_entropy(gray: Tensor) -> Tensor:
+    """Return the mean over windows of the entropy of luma's levels, (n,), of luma (n, height, width)."""
+    levels = (gray * _GRAY_LEVELS).long().clamp(max=_GRAY_LEVELS - 1)[:, None]
+    size = [min(_WINDOW_PX, side) for side in gray.shape[1:]]
+    stride = [max(1, side // 2) for side in size]
+    shares = [F.avg_pool2d((levels == level).double(), size, stride) for level in range(_GRAY_LEVELS)]
+    entropy = torch.special.entr(torch.cat(shares, dim=1)).sum(dim=1).mean(dim=(1, 2))
+    return entropy / torch.log(torch.tensor(2.0, dtype=torch.float64))
 
 
 def _color_entropy(images: Tensor) -> Tensor:

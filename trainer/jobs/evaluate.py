@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +22,7 @@ from services.clients.reward import RewardClient, RewardError
 from services.clients.tracking import RunStatus, Tracker, TrackingError
 from services.config.finetune import FinetuneConfig
 from services.config.run import ConfigError, RunConfig, load_run_config
+from services.contract import PromptPair
 from trainer.algorithm.rollout import Sampling
 from trainer.data.conditioning import encoder, load_policy
 from trainer.data.prompt_files import load_prompts, locate_prompts
@@ -31,13 +32,16 @@ from trainer.evaluation.bootstrap import Interval, draws_of_prompts, interval
 from trainer.evaluation.drawing import PictureSet
 from trainer.evaluation.judges import Judges
 from trainer.evaluation.measurements import Measurements, Measurer
+from trainer.evaluation.paired import GAP_MEASURES, gap_closed
+from trainer.evaluation.real_pictures import truth_of
 from trainer.evaluation.report import Column, render
 from trainer.evaluation.similarities import similarities
+from trainer.evaluation.viewing import Pair, choose_rows, render_viewing
 from trainer.model.engine import checkpoint_weights
 from trainer.model.lora import whole_weights
 from trainer.model.policy import Policy
 
-_BASE = "base"
+_BASE, _ORACLE = "base", "oracle"
 _FOLDER = "comparison"
 
 
@@ -72,7 +76,7 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
     for text in given:
         name, _, path = text.rpartition("=")
         name = name or Path(path).name
-        if name == _BASE or name in folders:
+        if name in (_BASE, _ORACLE) or name in folders:
             raise EvaluateError(f"two policies are called {name!r}: name them, as in other={path}")
         if not (Path(path) / "model_index.json").is_file() and not (Path(path) / "policy").is_dir():
             raise EvaluateError(
@@ -90,7 +94,7 @@ def evaluate(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]
         service = config.reward_service
         with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=service.max_attempts) as client:
             columns = measure(config, make_measurer(config, client), draw(config, folders))
-        files = write_report(config, columns)
+        files = (*write_report(config, columns), *write_viewing(config, columns))
         for column in columns:
             tracker.log_metrics(dict(_flat(column)), step=0)
         for file in files:
@@ -106,12 +110,13 @@ def make_measurer(config: RunConfig, client: RewardClient) -> Measurer:
     evaluation = config.evaluation
     rewards = {f"reward_{name}": partial(similarities, client, config, name) for name in client.models()}
     judges = Judges.load(evaluation.judge_path, _device(config)) if evaluation.judge_path else None
-    return Measurer(rewards, judges, evaluation.reference_path, config.comparison.num_images_per_prompt)
+    truth = truth_of(config, set(held_out_prompts(config)))
+    return Measurer(rewards, judges, evaluation.reference_path, config.comparison.num_images_per_prompt, truth)
 
 
 @torch.no_grad()
 def draw(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and images (num_images, 3, height, width) uint8 of each policy, the base model first."""
+    """Yield name and images (num_images, 3, height, width) uint8 of base, oracle if wanted, and each model."""
     model, evaluation = config.model, config.evaluation
     policy = load_policy(config, _device(config))
     size = model.height_px, model.width_px
@@ -121,8 +126,11 @@ def draw(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str, 
     located = locate_prompts(evaluation.prompts_path, config.prompts.column)
     if cut := describe_cut_prompts(policy.text, located, model.max_sequence_length):
         print(f"warning: {cut}", flush=True)
-    encode = encoder(config, policy, pictures.prompts)
+    oracle = replace(pictures, prompts=oracle_prompts(config)) if config.comparison.draws_oracle else None
+    encode = encoder(config, policy, pictures.prompts + (oracle.prompts if oracle else ()))
     yield _BASE, pictures.draw_alone(policy, encode)
+    if oracle:
+        yield _ORACLE, oracle.draw_alone(policy, encode)
     for name, folder in folders.items():
         if (folder / "policy").is_dir():
             load_checkpoint(policy, folder, config.finetune)
@@ -156,8 +164,12 @@ def measure(config: RunConfig, measurer: Measurer, policies: Iterator[tuple[str,
     columns = []
     for name, observed in seen.items():
         values = _values(measurer, observed, draws)
+        if _ORACLE in seen and name not in (_BASE, _ORACLE):
+            values |= _gaps(base, values, _values(measurer, seen[_ORACLE], draws))
         numbers = {key: _interval(column, settings.confidence) for key, column in values.items()}
-        differences = {key: _interval(column - base[key], settings.confidence) for key, column in values.items()}
+        differences = {
+            key: _interval(column - base[key], settings.confidence) for key, column in values.items() if key in base
+        }
         columns.append(Column(name, observed.images, numbers, {} if name == _BASE else differences))
     return columns
 
@@ -177,7 +189,7 @@ def write_report(config: RunConfig, columns: Sequence[Column]) -> tuple[Path, Pa
     numbers = {
         column.name: {
             key: {"value": asdict(value)}
-            | ({"difference": asdict(column.differences[key])} if column.differences else {})
+            | ({"difference": asdict(column.differences[key])} if key in column.differences else {})
             for key, value in column.numbers.items()
         }
         for column in columns
@@ -189,16 +201,52 @@ def write_report(config: RunConfig, columns: Sequence[Column]) -> tuple[Path, Pa
     return report, table
 
 
+def write_viewing(config: RunConfig, columns: Sequence[Column]) -> tuple[Path, ...]:
+    """Write the page of a blind viewing of base and first model, and its key, if wanted. Return their paths."""
+    settings, prompts = config.comparison, held_out_prompts(config)
+    if not settings.num_viewing_pairs:
+        return ()
+    base = columns[0]
+    model = next(column for column in columns if column.name not in (_BASE, _ORACLE))
+    rows = choose_rows(len(prompts), settings.num_viewing_pairs, config.seed)
+    truth = truth_of(config, {prompts[row] for row in rows}) or {}
+    pairs = [Pair(prompts[row], base.images[row], model.images[row], truth.get(prompts[row])) for row in rows]
+    page, key = render_viewing(f"{config.name}: blind viewing", pairs, config.seed)
+    folder = config.output_dir / config.name / _FOLDER
+    paths = folder / "viewing.html", folder / "viewing_key.json"
+    paths[0].write_text(page, encoding="utf-8")
+    paths[1].write_text(json.dumps(key, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return paths
+
+
 def held_out_prompts(config: RunConfig) -> tuple[str, ...]:
     """Return a prompt for each picture."""
     labels = load_prompts(config.evaluation.prompts_path, config.prompts.column)
     return tuple(label for label in labels for _ in range(config.comparison.num_images_per_prompt))
 
 
+def oracle_prompts(config: RunConfig) -> tuple[str, ...]:
+    """Return the prompt of each picture under the positive control word."""
+    words = config.control_words
+    return tuple(
+        PromptPair(prompt, words.positive, words.negative).positive_text for prompt in held_out_prompts(config)
+    )
+
+
 def _values(measurer: Measurer, seen: Measurements, draws: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return, by name, (1 + num_draws,): each number on all prompts, then on each draw of them."""
     rows = [measurer.summarize(seen), *(measurer.summarize(seen.rows(draw)) for draw in draws)]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
+
+
+def _gaps(base: Mapping[str, Tensor], run: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return where a run stands between base and oracle, by measure, (1 + num_draws,); none where there is no gap."""
+    gaps = {
+        name.replace("truth", "gap_closed", 1): gap_closed(base[name], run[name], oracle[name])
+        for name in GAP_MEASURES
+        if name in base
+    }
+    return {name: gap for name, gap in gaps.items() if gap.isfinite().all()}
 
 
 def _interval(values: Tensor, confidence: float) -> Interval:

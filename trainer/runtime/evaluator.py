@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import PIL.Image
+import torch
 from torch import Tensor
 
 from services.clients.tracking import Tracker
 from trainer.evaluation.drawing import Evaluation
 from trainer.evaluation.grids import before_after, picture_grid
+from trainer.evaluation.paired import paired_values
+from trainer.evaluation.real_pictures import truth_of
 from trainer.evaluation.similarities import similarities
 from trainer.runtime.worker import Worker
 
@@ -73,7 +76,15 @@ class Evaluator:
     def _judge(self, images: Tensor) -> dict[str, float]:
         judges, prompts = self._worker.judges, self._pictures.prompts
         numbers = judges.numbers(images, prompts, self._config.evaluation.batch) if judges else {}
-        return numbers | self._mean_rewards(images)
+        return numbers | self._distances_to_truth(images) | self._mean_rewards(images)
+
+    def _distances_to_truth(self, images: Tensor) -> dict[str, float]:
+        """Return the means of the paired measures, if the run has real pictures of its prompts."""
+        prompts = self._pictures.prompts
+        if (truth := truth_of(self._config, set(prompts))) is None:
+            return {}
+        values = paired_values(images, torch.stack([truth[prompt] for prompt in prompts]))
+        return {f"eval/{name}": float(value.mean()) for name, value in values.items()}
 
     def _mean_rewards(self, images: Tensor) -> dict[str, float]:
         """Return the weighted sum as eval/reward, and also each reward's mean if there are several."""

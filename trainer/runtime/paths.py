@@ -17,13 +17,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the run with absolute paths. A model.path that is no path on this machine stays a hub id."""
     model = config.model
     path = str(Path(model.path).resolve()) if Path(model.path).exists() else model.path
+    evaluation = config.evaluation.model_copy(update={"truth": _resolved(config.evaluation.truth, "path")})
     return config.model_copy(
         update={
             "output_dir": config.output_dir.resolve(),
             "model": model.model_copy(update={"path": path}),
             "prompts": _resolved(config.prompts, "path", "embeddings_path"),
             "dataset": _resolved(config.dataset, "path", "latents_path"),
-            "evaluation": _resolved(config.evaluation, "prompts_path", "judge_path", "reference_path"),
+            "evaluation": _resolved(evaluation, "prompts_path", "judge_path", "reference_path"),
             "guard": _resolved(config.guard, "prompts_path"),
         }
     )

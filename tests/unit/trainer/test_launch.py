@@ -191,12 +191,15 @@ def test_paths_become_absolute_and_a_hub_id_stays(run: dict[str, Any], tmp_path:
     run["model"]["path"] = "black-forest-labs/FLUX.1-dev"
     run["evaluation"]["judge_path"] = "judge"
     run["prompts"]["embeddings_path"] = "embeddings"
+    run["evaluation"]["truth"] = {"path": "drawings"}
     config = with_absolute_paths(load_run_config(write(run)))
     assert config.model.path == "black-forest-labs/FLUX.1-dev"
     assert config.prompts is not None
     assert config.prompts.path == config.evaluation.prompts_path == tmp_path / "train.txt"
     assert config.evaluation.judge_path == tmp_path / "judge"
     assert config.prompts.embeddings_path == tmp_path / "embeddings"
+    assert config.evaluation.truth is not None
+    assert config.evaluation.truth.path == tmp_path / "drawings"
     del run["prompts"]["path"]
     run["dataset"] = {"path": "images", "latents_path": "latents"}
     dataset = with_absolute_paths(load_run_config(write(run))).dataset

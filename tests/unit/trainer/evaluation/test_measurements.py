@@ -12,10 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from services.config.dataset import CaptionedConfig
 from tests.tiny_judges import make_tiny_judges
+from trainer.data.captioned_images import DatasetError
 from trainer.evaluation.judges import Judges
 from trainer.evaluation.measurements import Measurer, metric_names
-from trainer.evaluation.real_pictures import picture_files, read_pictures
+from trainer.evaluation.real_pictures import picture_files, read_pictures, read_truth
 
 PROMPTS = ("cat", "cat", "dog", "dog", "key", "key")
 STYLES = ("3D", "Flat")
@@ -103,3 +105,37 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError, match="has 1 PNG"):
         picture_files(tmp_path)
+
+
+def write_truth(folder: Path, drawings: dict[str, Tensor]) -> CaptionedConfig:
+    folder.mkdir()
+    for name, drawing in drawings.items():
+        to_pil_image(drawing).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name, encoding="utf-8")
+    return CaptionedConfig(path=folder)
+
+
+def test_each_image_is_compared_with_the_real_picture_of_its_prompt(tmp_path: Path) -> None:
+    judges = make_tiny_judges(tmp_path / "judges", STYLES, sorted(set(PROMPTS)), painted()[:3])
+    drawings = dict(zip(("cat", "dog", "key"), painted(), strict=False))
+    truth = read_truth(write_truth(tmp_path / "real", drawings), set(PROMPTS), 16, 16)
+    measurer = Measurer({}, Judges.load(judges, torch.device("cpu")), None, 2, truth)
+    right = torch.stack([drawings[prompt] for prompt in PROMPTS])
+    swapped = right[[2, 3, 4, 5, 0, 1]]
+    drawn, wrong = (measurer.summarize(measurer.measure(images, PROMPTS)) for images in (right, swapped))
+    assert set(drawn) == metric_names([], judges, None, 2, has_truth=True)
+    assert drawn["truth_l1"] == 0 < wrong["truth_l1"]
+    for name in ("truth_ssim", "truth_edge_correlation", "truth_subject_similarity"):
+        assert drawn[name] == pytest.approx(1)
+        assert wrong[name] < 0.999
+
+
+def test_a_prompt_without_a_real_picture_or_with_two_is_named(tmp_path: Path) -> None:
+    source = write_truth(tmp_path / "real", {"cat": painted()[0], "dog": painted()[1]})
+    with pytest.raises(DatasetError, match=r"evaluation\.truth has no picture of 'key' \(2 prompts have none\)"):
+        read_truth(source, ("cat", "key", "owl"), 16, 16)
+    (tmp_path / "real" / "dog.txt").write_text("cat", encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"evaluation\.truth has two pictures of 'cat'"):
+        read_truth(source, ("cat",), 16, 16)
+    with pytest.raises(DatasetError, match=r"evaluation\.truth\.path .*nowhere: no such folder"):
+        read_truth(CaptionedConfig(path=tmp_path / "nowhere"), ("cat",), 16, 16)

@@ -60,6 +60,22 @@ def test_a_larger_copy_has_the_same_colors_and_the_same_share_of_dark() -> None:
         torch.testing.assert_close(picture_statistics(large)[name], picture_statistics(images)[name])
 
 
+def test_contrast_sharpness_and_local_entropy_fall_as_an_image_blurs_or_washes_out() -> None:
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    blurred = torch.nn.functional.avg_pool2d(images.float(), 9, stride=1, padding=4).to(torch.uint8)
+    washed_out = (images * 0.3 + 0.7 * 220).to(torch.uint8)
+    plain = picture_statistics(images)
+    for spoiled in (blurred, washed_out):
+        for name in ("contrast", "sharpness", "local_entropy"):
+            assert (picture_statistics(spoiled)[name] < 0.8 * plain[name]).all(), name
+    assert picture_statistics(flat((9, 9, 9), size=64))["local_entropy"].item() == 0
+    halves = flat((0, 0, 0), size=8)
+    halves[:, :, :, 4:] = 255
+    assert picture_statistics(halves)["local_entropy"].item() == pytest.approx(1.0)
+    assert picture_statistics(halves)["contrast"].item() == pytest.approx(0.5)
+
+
 def test_lattice_share_is_the_power_at_the_multiples_of_a_tokens_frequency() -> None:
     images = torch.randint(0, 256, (3, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     images[1] = images[1, :, :16, :16].repeat(1, 4, 3)

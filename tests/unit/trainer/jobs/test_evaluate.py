@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import to_pil_image
 
 from reward_server.models import ClipArgs
 from reward_server.scoring.worker import Worker, WorkerArgs
@@ -97,6 +98,32 @@ def test_base_and_others_get_numbers_with_intervals_a_report_and_a_record(
     assert record.data.metrics["other/saturation"] == pytest.approx(numbers["other"]["saturation"]["value"]["value"])
     assert {"other/saturation_low", "other/saturation_difference_high"} <= set(record.data.metrics)
     assert {item.path for item in client.list_artifacts(record.info.run_id)} == {"report.html", "numbers.json"}
+
+
+def test_a_model_stands_between_the_base_and_the_base_that_is_told_the_word(
+    run_file: Path, flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    random, drawings = torch.Generator().manual_seed(0), tmp_path / "drawings"
+    drawings.mkdir()
+    for index, prompt in enumerate(PROMPTS[:4]):
+        pixels = torch.randint(0, 256, (3, HEIGHT_PX, WIDTH_PX), dtype=torch.uint8, generator=random)
+        to_pil_image(pixels).save(drawings / f"{index}.png")
+        (drawings / f"{index}.txt").write_text(prompt, encoding="utf-8")
+    run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
+    run["evaluation"]["truth"] = {"path": str(drawings)}
+    run["comparison"]["draws_oracle"] = True
+    run_file.write_text(yaml.safe_dump(run), encoding="utf-8")
+    assert main([str(run_file), f"same={flux_folder}", str(changed(flux_folder, tmp_path / "other"))]) == 0
+    table = (tmp_path / "outputs/tiny/comparison/numbers.json").read_text(encoding="utf-8")
+    numbers = json.loads(table)
+    assert list(numbers) == ["base", "oracle", "same", "other"]
+    means = {name: {key: each["value"]["value"] for key, each in column.items()} for name, column in numbers.items()}
+    assert not [key for key in means["base"] | means["oracle"] if key.startswith("gap_closed")]
+    for measure in ("l1", "ssim", "edge_correlation"):
+        base, oracle, other = (means[name][f"truth_{measure}"] for name in ("base", "oracle", "other"))
+        assert means["same"][f"gap_closed_{measure}"] == pytest.approx(0, abs=1e-6)
+        assert means["other"][f"gap_closed_{measure}"] == pytest.approx((base - other) / (base - oracle))
 
 
 def save_policy(rank: int, flux_folder: Path, finetune: FinetuneConfig, zero_stage: Any, folder: Path) -> None:
