@@ -36,8 +36,8 @@ down: setup  ## stop what `make up` started, and nothing else
 fmt: setup  ## format and fix what can be fixed by machine
 	.venv/bin/ruff check --fix --quiet . ; .venv/bin/ruff format .
 
-keys: setup  ## renew services/config/KEYS.md (after a change of a run file's keys)
-	.venv/bin/python -m services.config.reference > services/config/KEYS.md
+keys: setup  ## renew services/config/KEYS.md and EVALUATION_KEYS.md (after a change of a run file's keys)
+	.venv/bin/python -m services.config.reference
 
 manifests: setup  ## renew deploy/rayservice.yaml and deploy/rayjob.yaml (after a change of serve.yaml or pod.yaml)
 	.venv/bin/python -m deploy.kube service > deploy/rayservice.yaml

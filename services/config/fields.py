@@ -1,6 +1,6 @@
 """What every section of a run file is made of: the base class, the types of its values, and how a mistake is reported.
 
-A string below a field is its meaning: `make keys` writes it into KEYS.md.
+A string below a field is its meaning: `make keys` writes it into KEYS.md or EVALUATION_KEYS.md.
 """
 
 from __future__ import annotations

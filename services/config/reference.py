@@ -1,4 +1,6 @@
-"""Write the reference of a run file's keys: `python -m services.config.reference > services/config/KEYS.md`.
+"""Write the reference of a run file's keys: `make keys`, or `python -m services.config.reference`.
+
+KEYS.md has the keys of the training, EVALUATION_KEYS.md those of what looks at its pictures and records it.
 
 Everything in it is from the schema of RunConfig: values and defaults from the fields, meanings from the strings below
 them, the text above a table from the docstring of the section's class.
@@ -7,7 +9,8 @@ them, the text above a table from the docstring of the section's class.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from services.config.run import RunConfig
@@ -22,8 +25,16 @@ Written by `make keys` from the classes in this folder; edit those, not this fil
 One YAML file is one run. An unknown key is an error. Relative paths are taken from the folder in which the command was
 started. `deploy/runs/` has examples: `tiny_srpo.yaml` is the demo's; `flux1_dev_srpo.yaml` has the settings published
 for FLUX.1-dev with HPS v2.1 (not run by us so far; it needs GPUs). Below, `section[]` is each item of a list of
-sections.
+sections. The sections `evaluation`, `guard`, `comparison` and `tracking` are in
+[EVALUATION_KEYS.md](EVALUATION_KEYS.md).
 """
+_EVALUATION_TITLE = """\
+# The keys of evaluation, guard and record
+
+Written by `make keys` from the classes in this folder; edit those, not this file. All other keys of a run file are in
+[KEYS.md](KEYS.md).
+"""
+_EVALUATION = ("evaluation", "guard", "comparison", "tracking")
 _BAR = r"\|"  # in a cell
 _HEADER = "| key | values | default | meaning |\n|---|---|---|---|"
 _TYPES = {
@@ -50,25 +61,32 @@ class _Definitions(dict[str, Schema]):
         return next((found for part in parts if (found := self.find(part)) is not None), None)
 
 
-def write_reference() -> str:
-    """Return the text of KEYS.md."""
+def write_reference() -> dict[str, str]:
+    """Return the text of each page by its file's name."""
     schema = RunConfig.model_json_schema()
     definitions = _Definitions(schema["$defs"])
-    sections = [*_sections(schema, "", definitions), _section("Schedules", definitions[_SCHEDULE])]
-    return "\n".join([_TITLE, *sections])
+    training = [name for name in schema["properties"] if name not in _EVALUATION]
+    sections = [_section("The file", schema), *_sections(schema, "", definitions, training)]
+    sections.append(_section("Schedules", definitions[_SCHEDULE]))
+    return {
+        "KEYS.md": "\n".join([_TITLE, *sections]),
+        "EVALUATION_KEYS.md": "\n".join([_EVALUATION_TITLE, *_sections(schema, "", definitions, _EVALUATION)]),
+    }
 
 
-def _sections(schema: Schema, prefix: str, definitions: _Definitions) -> Iterator[str]:
-    """Yield the text of a section, then those of the sections in it."""
-    yield _section(prefix.rstrip(".") or "The file", schema)
-    for name, field in schema["properties"].items():
+def _sections(schema: Schema, prefix: str, definitions: _Definitions, names: Iterable[str]) -> Iterator[str]:
+    """Yield the texts of the sections in `names`, each followed by those in it."""
+    for name in names:
+        field = schema["properties"][name]
         for choice in field.get("oneOf", ()):
             section = definitions.find(choice)
             assert section is not None
             yield _section(f"{prefix}{name}, kind: {section['properties']['kind']['const']}", section)
         if (section := definitions.find(field)) is not None:
             is_list = field.get("type") == "array"
-            yield from _sections(section, f"{prefix}{name}{'[]' if is_list else ''}.", definitions)
+            title = f"{prefix}{name}{'[]' if is_list else ''}"
+            yield _section(title, section)
+            yield from _sections(section, f"{title}.", definitions, section["properties"])
 
 
 def _section(title: str, schema: Schema) -> str:
@@ -121,4 +139,5 @@ def _bounds(field: Schema) -> str:
 
 
 if __name__ == "__main__":
-    print(write_reference(), end="")
+    for name, text in write_reference().items():
+        (Path(__file__).parent / name).write_text(text, encoding="utf-8")

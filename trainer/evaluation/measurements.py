@@ -120,8 +120,7 @@ class Measurer:
 
     def _compare(self, images: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Return the distances of images to the real pictures of their prompts."""
-        parts = [paired_values(*pair) for pair in zip(images.split(_BATCH), real.split(_BATCH), strict=True)]
-        values = {name: torch.cat([part[name] for part in parts]) for name in PAIRED}
+        values = paired_values(images, real)
         if self._judges is None:
             return values
         return values | {SUBJECT_SIMILARITY: self._judges.subject_similarity(images, real, _BATCH)}
