@@ -30,6 +30,8 @@ class _Stream(IntEnum):
     SIZE = 7
     WORDS = 8
     MEMBER = 9
+    ROWS = 10
+    PLACE = 11
 
 
 def shard(num_samples: int, rank: int, num_workers: int) -> range:
@@ -95,6 +97,11 @@ def image_generator(seed: int, step: int, sample_index: int, injection: int) -> 
     return _generator(seed, _Stream.IMAGE, step, sample_index, injection)
 
 
+def place_generator(seed: int, step: int, sample_index: int, injection: int) -> torch.Generator:
+    """Return the CPU generator of an image's mirror and shift before it is scored."""
+    return _generator(seed, _Stream.PLACE, step, sample_index, injection)
+
+
 def member_generator(seed: int, step: int, sample_index: int, member: int) -> torch.Generator:
     """Return the CPU generator of all noise of one of the images that a sample's prompt gets (GRPO's groups)."""
     return _generator(seed, _Stream.MEMBER, step, sample_index, member)
@@ -116,6 +123,11 @@ def draw_guard_prompts(seed: int, prompts: Sequence[T], num_prompts: int) -> tup
         raise ValueError(f"guard.num_prompts {num_prompts} is more than the {len(prompts)} prompts there are")
     order = _random(seed, _Stream.GUARD).permutation(len(prompts))
     return tuple(prompts[index] for index in order[:num_prompts])
+
+
+def draw_rows(seed: int, num_images: int, num_shown: int) -> list[int]:
+    """Draw which images a picture shows, none twice: rising rows below num_images."""
+    return sorted(map(int, _random(seed, _Stream.ROWS).permutation(num_images)[:num_shown]))
 
 
 def _sequence(seed: int, stream: _Stream, *place: int) -> np.random.SeedSequence:

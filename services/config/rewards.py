@@ -5,9 +5,9 @@ Every default is that of Shen et al., arXiv 2509.06942 (SRPO), for HPS v2.1.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from services.config.fields import Frozen, Positive, PositiveFloat, Schedule, Word
 
@@ -72,6 +72,19 @@ class RunWordsConfig(ControlWordsConfig):
         return self
 
 
+class AugmentationConfig(Frozen):
+    """Random mirrors and shifts of each image before a reward sees it, drawn by seed, step and sample.
+
+    A pattern that pleases the reward at one place only, such as a lattice in step with its patches, earns less.
+    """
+
+    mirrors: bool = True
+    """Mirror half of the images, left to right. Not for wishes that tell left from right, such as text."""
+
+    max_shift: Annotated[float, Field(ge=0, le=0.25)] = 0.05
+    """The largest shift down, up, left or right, as a share of the height or width."""
+
+
 class RewardConfig(Frozen):
     """One of the run's rewards, each with its own weight, words, k and margin.
 
@@ -112,6 +125,9 @@ class RewardConfig(Frozen):
     ignores_tint: bool = False
     """Subtract from each channel of the image gradient its mean over the pixels, so that a tint of the whole picture,
     the cheapest way to please a reward, earns nothing."""
+
+    augmentation: AugmentationConfig | None = None
+    """Mirror and shift each image at random before this reward sees it. null: never."""
 
     def preference_scale(self, branch: BranchName) -> Schedule:
         """Return k of a branch."""

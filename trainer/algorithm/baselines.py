@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -12,11 +13,12 @@ from torch import Tensor
 from services.config.method import DraftLvMethod, GrpoMethod, ReflMethod
 from services.config.rewards import RewardConfig
 from trainer.algorithm.grpo import NoisyRollout, NoisyStep, clipped_loss, group_advantages, log_ratio, roll_out_noisily
+from trainer.algorithm.image_draws import ImageDraws
 from trainer.algorithm.last_step import LateStep, late_step_loss, renoise, roll_out_late
 from trainer.algorithm.learner import Learner, MicroBatch
 from trainer.algorithm.reward_loss import reward_images
 from trainer.algorithm.step_metrics import StepMetrics
-from trainer.draws import draw_levels, image_generator, injection_generator, member_generator
+from trainer.draws import draw_levels, injection_generator, member_generator
 
 
 class _LateStepLearner(Learner[LateStep]):
@@ -53,7 +55,7 @@ class ReflLearner(_LateStepLearner):
                 self._sampling(samples),
                 torch.tensor(steps),
                 self._max_over_workers(max(steps)),
-                self._image_noise(samples, 0),
+                self._image_draws(samples, [0]),
             )
         self._require_finite("a late latent", late.latents, late.pairs)
         return [[late]]
@@ -78,7 +80,7 @@ class DraftLvLearner(_LateStepLearner):
                 injection_generator(self._config.seed, samples.step, each, number) for each in samples.indices
             ]
             noise = self._policy.draw_noise(generators, *samples.batch.size)
-            copies.append(renoise(rollout, noise, self._image_noise(samples, number)))
+            copies.append(renoise(rollout, noise, self._image_draws(samples, [number])))
         return [copies]
 
 
@@ -111,7 +113,10 @@ class GrpoLearner(Learner[NoisyStep]):
                 method.noise_level,
             )
         self._require_finite("a clean latent", rollout.clean, rollout.pairs)
-        rewards = self._rewards(rollout, self._member_noise(samples))
+        draws = self._image_draws(samples, range(size))
+        if draws.places is not None:  # members of a group are compared, so they are mirrored and shifted alike
+            draws = replace(draws, places=draws.places[::size].repeat_interleave(size, dim=0))
+        rewards = self._rewards(rollout, draws)
         advantages = group_advantages(rewards.view(-1, size)).flatten()
         drawn = [draw_levels(seed, step, each, (1, num_steps - 2), method.num_trained_steps) for each in indices]
         numbers = torch.tensor(drawn).repeat_interleave(size, dim=0)  # (batch, num_trained_steps)
@@ -123,7 +128,7 @@ class GrpoLearner(Learner[NoisyStep]):
         assert isinstance(self._config.method, GrpoMethod)
         return self._config.method
 
-    def _rewards(self, rollout: NoisyRollout, image_noise: Tensor | None) -> Tensor:
+    def _rewards(self, rollout: NoisyRollout, image_draws: ImageDraws) -> Tensor:
         """Return Σ weight · reward of the rollout's images, (batch,)."""
         config, sampling = self._config, rollout.sampling
         with torch.no_grad():
@@ -137,23 +142,11 @@ class GrpoLearner(Learner[NoisyStep]):
                 config.objective.kind,
                 "denoise",
                 no_scales,
-                image_noise,
+                image_draws,
                 self._score,
             )
         self.metrics.add_seconds("reward", rewarded.seconds)
         return _record_rewards(self.metrics, config.rewards, rewarded.rewards)
-
-    def _member_noise(self, samples: MicroBatch) -> Tensor | None:
-        """Return the image noise of every group member, or None if no reward of the run needs it."""
-        if all(reward.pair != "noised_image" for reward in self._config.rewards):
-            return None
-        members = range(self._method.group_size)
-        generators = [
-            image_generator(self._config.seed, samples.step, index, member)
-            for index in samples.indices
-            for member in members
-        ]
-        return torch.stack([torch.randn(3, *samples.batch.size, generator=each) for each in generators])
 
 
 def _record_rewards(metrics: StepMetrics, rewards: Sequence[RewardConfig], values: Tensor) -> Tensor:

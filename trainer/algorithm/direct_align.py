@@ -60,7 +60,7 @@ def branch_loss(
     sampling, pairs = injection.rollout.sampling, injection.rollout.pairs
     images = policy.decode_image(recovered, sampling.height_px, sampling.width_px)
     scales = [schedule_at(each.preference_scale(branch.name), branch.levels, objective.num_levels) for each in rewards]
-    rewarded = reward_images(images, pairs, rewards, objective.kind, branch.name, scales, injection.image_noise, score)
+    rewarded = reward_images(images, pairs, rewards, objective.kind, branch.name, scales, injection.image_draws, score)
     discount = schedule_at(objective.discount, branch.levels, objective.num_levels)
     # The gradient of an image's loss is multiplied by w on its way to the velocity. "normalized" undoes this.
     factor = discount / branch.recovery_weight if objective.recovery_weight == "normalized" else discount

@@ -66,7 +66,8 @@ class DirectAlignLearner(Learner[Injection]):
             if objective.injection_noise == "fresh":
                 generators = [injection_generator(seed, step, index, number) for index in samples.indices]
                 noise = self._policy.draw_noise(generators, *samples.batch.size)
-            injections.append(Injection(rollout, noise, torch.tensor(batch_levels), self._image_noise(samples, number)))
+            draws = self._image_draws(samples, [number])
+            injections.append(Injection(rollout, noise, torch.tensor(batch_levels), draws))
         return injections
 
     def _record(self, branch: Branch, outcome: BranchOutcome) -> None:

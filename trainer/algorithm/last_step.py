@@ -20,6 +20,7 @@ from torch import Tensor
 from services.config.objective import ObjectiveKind
 from services.config.rewards import RewardConfig
 from services.contract import PromptPair
+from trainer.algorithm.image_draws import NOTHING_DRAWN, ImageDraws
 from trainer.algorithm.reward_loss import Score, reward_images
 from trainer.algorithm.rollout import Rollout, Sampling, velocity_at
 from trainer.flow import euler_step, interpolate, sigma_schedule
@@ -31,7 +32,7 @@ from trainer.model.text_encoders import Conditioning
 class LateStep:
     """The start of a trained step to sigma 0: latents (batch, tokens, channels) float32 at sigma (batch,).
 
-    image_noise (batch, 3, height, width) serves rewards that compare an image with a noised one.
+    image_draws: what rewards need at random for these images.
     """
 
     latents: Tensor
@@ -39,7 +40,7 @@ class LateStep:
     conditioning: Conditioning
     pairs: tuple[PromptPair, ...]
     sampling: Sampling
-    image_noise: Tensor | None = None
+    image_draws: ImageDraws = NOTHING_DRAWN
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +61,7 @@ def roll_out_late(
     sampling: Sampling,
     rollout_steps: Tensor,
     num_forwards: int,
-    image_noise: Tensor | None = None,
+    image_draws: ImageDraws = NOTHING_DRAWN,
 ) -> LateStep:
     """Roll out for ReFL: take each sample after rollout_steps (batch,) Euler steps from `noise`.
 
@@ -75,15 +76,15 @@ def roll_out_late(
         velocity = velocity_at(policy, latents, sigma, conditioning, sampling)
         latents = euler_step(latents, velocity, sigma, sigma_next)
         late = torch.where((rollout_steps == number)[:, None, None], latents, late)
-    return LateStep(late, sigmas[rollout_steps], conditioning, pairs, sampling, image_noise)
+    return LateStep(late, sigmas[rollout_steps], conditioning, pairs, sampling, image_draws)
 
 
-def renoise(rollout: Rollout, noise: Tensor, image_noise: Tensor | None = None) -> LateStep:
+def renoise(rollout: Rollout, noise: Tensor, image_draws: ImageDraws = NOTHING_DRAWN) -> LateStep:
     """Add `noise` (batch, tokens, channels) to the rollout's images for DRaFT-LV, at the sigma before the last step."""
     sampling = rollout.sampling
     last = sigma_schedule(sampling.num_steps, sampling.shift)[-2].to(noise.device).expand(len(noise))
     latents = interpolate(rollout.clean, noise, last)
-    return LateStep(latents, last, rollout.conditioning, rollout.pairs, sampling, image_noise)
+    return LateStep(latents, last, rollout.conditioning, rollout.pairs, sampling, image_draws)
 
 
 def late_step_loss(
@@ -101,5 +102,5 @@ def late_step_loss(
     clean = euler_step(step.latents, velocity, step.sigma, torch.zeros_like(step.sigma))
     images = policy.decode_image(clean, step.sampling.height_px, step.sampling.width_px)
     no_scales = [torch.zeros(len(images))] * len(rewards)
-    rewarded = reward_images(images, step.pairs, rewards, kind, "denoise", no_scales, step.image_noise, score)
+    rewarded = reward_images(images, step.pairs, rewards, kind, "denoise", no_scales, step.image_draws, score)
     return LateOutcome(rewarded.hinges.mean(), rewarded.rewards, rewarded.seconds)

@@ -19,19 +19,19 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from services.clients.reward import RewardRejected
 from services.config.run import RunConfig
 from services.contract import PromptPair
+from trainer.algorithm.image_draws import ImageDraws, draw_for_images
 from trainer.algorithm.reward_loss import Score
 from trainer.algorithm.rollout import Rollout, Sampling, roll_out
 from trainer.algorithm.step_metrics import StepMetrics
 from trainer.data.batches import Batch, open_batches
 from trainer.data.conditioning import Encode
-from trainer.draws import draw_words, image_generator, noise_generator, shard
+from trainer.draws import draw_words, noise_generator, shard
 from trainer.model.engine import Engine
 from trainer.model.policy import Policy
 
@@ -140,12 +140,11 @@ class Learner(ABC, Generic[Material]):
             for prompt, each in zip(samples.prompts, words, strict=True)
         )
 
-    def _image_noise(self, samples: MicroBatch, number: int) -> Tensor | None:
-        """Return noise (batch, 3, height, width) for rewards that compare with a noised image, or None without them."""
-        if all(reward.pair != "noised_image" for reward in self._config.rewards):
-            return None
-        generators = [image_generator(self._config.seed, samples.step, index, number) for index in samples.indices]
-        return torch.stack([torch.randn(3, *samples.batch.size, generator=each) for each in generators])
+    def _image_draws(self, samples: MicroBatch, numbers: Sequence[int]) -> ImageDraws:
+        """Return what the rewards need at random for each sample's images, whose numbers are given."""
+        images = [(index, number) for index in samples.indices for number in numbers]
+        config = self._config
+        return draw_for_images(config.rewards, config.seed, samples.step, images, samples.batch.size)
 
     @contextmanager
     def _locate_errors(self, pairs: Sequence[PromptPair], place: str = "") -> Iterator[None]:

@@ -27,6 +27,7 @@ from services.clients.remote_reward import need_gradient, rewards_of
 from services.config.objective import ObjectiveKind
 from services.config.rewards import BranchName, RewardConfig
 from services.contract import Float32, PromptPair, RewardResponse
+from trainer.algorithm.image_draws import ImageDraws, augment
 
 # a reward's name, images (batch, 3, height, width) in [0, 1], a pair and a preference_scale for each, with_gradient
 Score = Callable[[str, Float32, tuple[PromptPair, ...], tuple[float, ...], bool], RewardResponse]
@@ -52,17 +53,16 @@ def reward_images(
     kind: ObjectiveKind,
     branch: BranchName,
     preference_scales: Sequence[Tensor],
-    image_noise: Tensor | None,
+    image_draws: ImageDraws,
     score: Score,
 ) -> RewardedImages:
     """Score images (batch, 3, height, width) in [0, 1] with every reward, under one prompt pair for each image.
 
-    preference_scales: k (batch,) for each reward. image_noise is shaped as the images; only rewards that compare an
-    image with a noised one need it. Raises ValueError as BranchReward.score_images does.
+    preference_scales: k (batch,) for each reward. Raises ValueError as BranchReward.score_images does.
     """
     started = time.perf_counter()
     answers = [
-        BranchReward(reward, kind, branch, scale).score_images(images, pairs, image_noise, score)
+        BranchReward(reward, kind, branch, scale).score_images(images, pairs, image_draws, score)
         for reward, scale in zip(rewards, preference_scales, strict=True)
     ]
     seconds = time.perf_counter() - started
@@ -105,7 +105,7 @@ class BranchReward:
     preference_scale: Tensor
 
     def score_images(
-        self, images: Tensor, pairs: tuple[PromptPair, ...], image_noise: Tensor | None, score: Score
+        self, images: Tensor, pairs: tuple[PromptPair, ...], image_draws: ImageDraws, score: Score
     ) -> BranchValues:
         """Score images (batch, 3, height, width) in [0, 1] under the run's pairs, one for each image.
 
@@ -114,8 +114,12 @@ class BranchReward:
         """
         if self.reward.ignores_tint:
             images = hold_tint(images)
+        if self.reward.augmentation is not None:
+            if image_draws.places is None:
+                raise ValueError(f"reward {self.reward.name} with an augmentation needs places: draw them for the step")
+            images = augment(images, image_draws.places, self.reward.augmentation)
         if self.reward.pair == "noised_image":
-            return self._compare_with_noised(images, pairs, image_noise, score)
+            return self._compare_with_noised(images, pairs, image_draws.noise, score)
         requested, scales = self.request_for(pairs)
         response = score(self.reward.name, _array(images), requested, scales, need_gradient(images))
         if not response.negative_similarities.any():
@@ -141,14 +145,12 @@ class BranchReward:
         return 1.0 if self.branch == "denoise" else -1.0
 
     def _compare_with_noised(
-        self, images: Tensor, pairs: tuple[PromptPair, ...], image_noise: Tensor | None, score: Score
+        self, images: Tensor, pairs: tuple[PromptPair, ...], noise: Tensor | None, score: Score
     ) -> BranchValues:
         """Score the images and their noised copies with a reward that reads no text."""
-        if image_noise is None:
-            raise ValueError(
-                f"reward {self.reward.name} with pair noised_image needs image_noise: draw it for the step"
-            )
-        noised = (images + self.reward.image_noise * image_noise.to(images.device)).clamp(0, 1)
+        if noise is None:
+            raise ValueError(f"reward {self.reward.name} with pair noised_image needs noise: draw it for the step")
+        noised = (images + self.reward.image_noise * noise.to(images.device)).clamp(0, 1)
         clean_values, noised_values = (self._values_without_text(view, pairs, score) for view in (images, noised))
         differences = (clean_values - noised_values).detach()
         if self.kind == "plain":

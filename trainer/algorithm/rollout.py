@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from services.contract import PromptPair
+from trainer.algorithm.image_draws import NOTHING_DRAWN, ImageDraws
 from trainer.flow import euler_step, sigma_schedule
 from trainer.model.policy import Policy
 from trainer.model.text_encoders import Conditioning
@@ -47,14 +48,14 @@ class Rollout:
 class Injection:
     """Known noise to add to a rollout's images: `noise` shaped as rollout.clean, a training level (batch,) for each.
 
-    image_noise (batch, 3, height, width) serves rewards that compare an image with a noised one (RewardConfig.pair).
+    image_draws: what rewards need at random for these images.
     Raises ValueError if the shapes do not fit the rollout.
     """
 
     rollout: Rollout
     noise: Tensor
     levels: Tensor
-    image_noise: Tensor | None = None
+    image_draws: ImageDraws = NOTHING_DRAWN
 
     def __post_init__(self) -> None:
         if self.noise.shape != self.rollout.clean.shape or self.levels.shape != (len(self.noise),):

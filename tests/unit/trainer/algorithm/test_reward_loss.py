@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from services.config.objective import ObjectiveKind
-from services.config.rewards import BranchName, ControlWordsConfig, RewardConfig
+from services.config.rewards import AugmentationConfig, BranchName, ControlWordsConfig, RewardConfig
 from services.contract import PromptPair, RewardResponse
 from tests.local_reward import LocalReward, similarity
+from trainer.algorithm.image_draws import NOTHING_DRAWN, ImageDraws, augment
 from trainer.algorithm.reward_loss import BranchReward, BranchValues, reward_images
 
 PAIRS = tuple(PromptPair(prompt, "3D", "Flat") for prompt in ("fox", "red heart", "key"))
@@ -59,7 +60,7 @@ def assert_same_function(ours: Tensor, theirs: Tensor, batch: Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_with_words(kind: ObjectiveKind, branch: BranchName) -> None:
     batch = images()
-    values = BranchReward(WORDS, kind, branch, SCALE).score_images(batch, PAIRS, None, LocalReward())
+    values = BranchReward(WORDS, kind, branch, SCALE).score_images(batch, PAIRS, NOTHING_DRAWN, LocalReward())
     bare = similarities(batch, [pair.prompt for pair in PAIRS])
     positive = similarities(batch, [f"3D. {pair.prompt}" for pair in PAIRS])
     negative = similarities(batch, [f"Flat. {pair.prompt}" for pair in PAIRS])
@@ -73,7 +74,7 @@ def test_every_objective_with_words(kind: ObjectiveKind, branch: BranchName) -> 
 def test_every_objective_with_a_noised_image(kind: ObjectiveKind, branch: BranchName) -> None:
     batch = images()
     reward = LocalReward(reads_text=False)
-    values = BranchReward(NOISED, kind, branch, SCALE).score_images(batch, PAIRS, image_noise(), reward)
+    values = BranchReward(NOISED, kind, branch, SCALE).score_images(batch, PAIRS, ImageDraws(image_noise()), reward)
     clean, noised = (similarities(view, [""] * 3) for view in (batch, (batch + 0.2 * image_noise()).clamp(0, 1)))
     assert_same_function(values.rewards, expected(kind, branch, clean, clean, noised), batch)
     torch.testing.assert_close(values.differences, (clean - noised).detach())
@@ -83,7 +84,7 @@ def test_swapping_the_pair_at_k_0_flips_the_sign() -> None:
     batch, zeros = images(), torch.zeros(3)
     for kind in ("srp", "srp_guided"):
         there, back = (
-            BranchReward(WORDS, kind, branch, zeros).score_images(batch, PAIRS, None, LocalReward()).rewards
+            BranchReward(WORDS, kind, branch, zeros).score_images(batch, PAIRS, NOTHING_DRAWN, LocalReward()).rewards
             for branch in BRANCHES
         )
         assert_same_function(there, -back, batch)
@@ -101,7 +102,7 @@ def test_a_reward_that_ignores_tint_gives_no_gradient_for_it(reward: RewardConfi
     batch, local = images(), LocalReward(reads_text=reward is WORDS)
     whole, held = (
         BranchReward(reward.model_copy(update={"ignores_tint": ignored}), "srp", "denoise", SCALE)
-        .score_images(batch, PAIRS, image_noise(), local)
+        .score_images(batch, PAIRS, ImageDraws(image_noise()), local)
         .rewards
         for ignored in (False, True)
     )
@@ -109,6 +110,18 @@ def test_a_reward_that_ignores_tint_gives_no_gradient_for_it(reward: RewardConfi
     (gradient,), (whole_gradient,) = (torch.autograd.grad(rewards.sum(), batch) for rewards in (held, whole))
     assert whole_gradient.mean(dim=(2, 3)).abs().max() > 1e-5
     torch.testing.assert_close(gradient, whole_gradient - whole_gradient.mean(dim=(2, 3), keepdim=True))
+
+
+def test_a_reward_with_an_augmentation_sees_changed_images_and_its_gradient_finds_back() -> None:
+    batch, augmentation = images(), AugmentationConfig(max_shift=0.25)
+    reward = WORDS.model_copy(update={"augmentation": augmentation})
+    draws = ImageDraws(places=torch.tensor([[0.1, 0.9, 0.1], [0.9, 0.5, 0.5], [0.9, 0.0, 0.7]]))
+    rewards = BranchReward(reward, "srp", "invert", SCALE).score_images(batch, PAIRS, draws, LocalReward()).rewards
+    seen = augment(batch, draws.places, augmentation) if draws.places is not None else batch
+    plain = BranchReward(WORDS, "srp", "invert", SCALE).score_images(seen, PAIRS, NOTHING_DRAWN, LocalReward()).rewards
+    assert_same_function(rewards, plain, batch)
+    with pytest.raises(ValueError, match="reward tiny with an augmentation needs places"):
+        BranchReward(reward, "srp", "invert", SCALE).score_images(batch, PAIRS, NOTHING_DRAWN, LocalReward())
 
 
 def test_the_hinge_is_flat_beyond_the_margin_and_once_satisfied() -> None:
@@ -124,9 +137,9 @@ def test_several_rewards_give_their_weighted_hinges_and_their_values() -> None:
     batch, local = images(), LocalReward()
     rewards = [WORDS.model_copy(update={"margin": margin, "weight": weight}) for margin, weight in ((0.7, 1), (0.2, 3))]
     scales = [SCALE, 2 * SCALE]
-    rewarded = reward_images(batch, PAIRS, rewards, "srp_guided", "denoise", scales, None, local)
+    rewarded = reward_images(batch, PAIRS, rewards, "srp_guided", "denoise", scales, NOTHING_DRAWN, local)
     first, second = (
-        BranchReward(reward, "srp_guided", "denoise", scale).score_images(batch, PAIRS, None, local)
+        BranchReward(reward, "srp_guided", "denoise", scale).score_images(batch, PAIRS, NOTHING_DRAWN, local)
         for reward, scale in zip(rewards, scales, strict=True)
     )
     assert torch.equal(rewarded.rewards, torch.stack([first.rewards, second.rewards]).detach())
@@ -142,7 +155,7 @@ def test_several_rewards_give_their_weighted_hinges_and_their_values() -> None:
 def test_a_pair_that_does_not_fit_the_reward_is_refused(reward: RewardConfig, reads_text: bool, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         BranchReward(reward, "srp", "denoise", SCALE).score_images(
-            images(), PAIRS, image_noise(), LocalReward(reads_text)
+            images(), PAIRS, ImageDraws(image_noise()), LocalReward(reads_text)
         )
 
 
@@ -154,8 +167,8 @@ def test_a_gradient_is_requested_only_if_the_images_need_one() -> None:
         return LocalReward()(*request)
 
     reward, leaf = BranchReward(WORDS, "srp", "denoise", SCALE), images()
-    needed = reward.score_images(leaf, PAIRS, None, score).rewards
-    free = reward.score_images(leaf.detach(), PAIRS, None, score).rewards
+    needed = reward.score_images(leaf, PAIRS, NOTHING_DRAWN, score).rewards
+    free = reward.score_images(leaf.detach(), PAIRS, NOTHING_DRAWN, score).rewards
     assert requests_gradient == [True, False]
     assert needed.requires_grad
     assert not free.requires_grad
@@ -170,5 +183,5 @@ def test_a_reward_that_is_not_finite_is_refused(needs_gradient: bool) -> None:
 
     with pytest.raises(ValueError, match="non-finite"):
         BranchReward(WORDS, "srp", "denoise", SCALE).score_images(
-            images().requires_grad_(needs_gradient), PAIRS, None, score
+            images().requires_grad_(needs_gradient), PAIRS, NOTHING_DRAWN, score
         )
