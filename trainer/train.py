@@ -18,7 +18,7 @@ def train_worker(config: RunConfig, run_id: str) -> None:
     first_step = checkpoints.resume()
     if first_step == 0:
         worker.warn_of_cut_prompts()
-        evaluator.evaluate("base", step=0)
+        evaluator.evaluate_base()
         worker.check_guard(step=0)
         checkpoints.keep(step=0)
     for step in range(first_step, config.num_steps):
@@ -34,6 +34,6 @@ def train_worker(config: RunConfig, run_id: str) -> None:
         worker.check_guard(step + 1)
         checkpoints.keep(step + 1)
         evaluator.show_samples(step + 1)
-    evaluator.evaluate("aligned", step=checkpoints.take_best())
+    evaluator.evaluate_aligned(step=checkpoints.take_best())
     worker.export()
     evaluator.summarize()

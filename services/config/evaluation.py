@@ -45,8 +45,13 @@ class EvaluationConfig(Frozen):
     evaluate`."""
 
     truth: CaptionedConfig | None = None
-    """Real pictures of the wanted style, one for each prompt, which is its caption. Guard and `srpo evaluate` compare
-    each image with the picture of its prompt; these metrics begin with `truth_`."""
+    """Real pictures of the wanted style, one for each prompt, which is its caption. Evaluation, guard and `srpo
+    evaluate` compare each image with the picture of its prompt; these metrics begin with `truth_`."""
+
+    draws_oracle: bool = False
+    """Also draw with the base model under the run's positive control word, as in "3D. grinning face", in evaluation
+    and `srpo evaluate`. If the base knows the word, this is what an aligned model should draw without it. With
+    `truth`, `gap_closed_…` tells where a model stands between base (0) and oracle (1)."""
 
 
 class StopRuleConfig(Frozen):
@@ -116,6 +121,9 @@ class GuardConfig(Frozen):
     """Checks of a running training on pictures of its own, drawn as those of the evaluation are. They measure the
     distance to real pictures, statistics, diversity, drift from the base model and a held-out reward.
 
+    `guard/damage` needs no real pictures: above 1, images have moved farther from the base model's than a change of
+    style moves them. Its thresholds were found on the embedded default (`make alarms`), at 64 pixels.
+
     With `keep_best` the run exports the weights of its best check, the base model's among them. Without it, it exports
     those of its last step or, where a rule has ended it, of the last check at which no rule was violated.
     """
@@ -165,8 +173,3 @@ class ComparisonConfig(Frozen):
     num_viewing_pairs: NonNegative = 0
     """The pairs on the page of a blind viewing, base and first model with the sides shuffled; 0: no page. `srpo
     viewing` counts the choices that viewers save."""
-
-    draws_oracle: bool = False
-    """Also draw with the base model under the positive control word, as in "3D. grinning face". If the base knows the
-    word, this is what an aligned model should draw without it. With `evaluation.truth`, `gap_closed_…` tells where a
-    model stands between base (0) and oracle (1)."""

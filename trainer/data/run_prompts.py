@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from services.config.evaluation import GuardConfig
 from services.config.run import RunConfig
+from services.contract import PromptPair
 from trainer.data.batches import located_prompts, open_batches
 from trainer.data.prompt_files import LocatedPrompt
 from trainer.draws import draw_guard_prompts
@@ -13,7 +14,7 @@ from trainer.draws import draw_guard_prompts
 
 def used_prompts(config: RunConfig) -> list[LocatedPrompt]:
     """Return every prompt that the run will encode, once. Raise PromptsError, which names the key as well."""
-    return _once((*drawn_prompts(config), *judged_prompts(config)))
+    return _once((*drawn_prompts(config), *judged_prompts(config), *oracle_prompts(config)))
 
 
 def drawn_prompts(config: RunConfig) -> list[LocatedPrompt]:
@@ -28,6 +29,21 @@ def judged_prompts(config: RunConfig) -> list[LocatedPrompt]:
     """Return the prompts of evaluation and guard. Raise PromptsError."""
     held_out = located_prompts(config, "evaluation.prompts_path", config.evaluation.prompts_path)
     return _once((*held_out, *(located_guard_prompts(config, config.guard) if config.guard else ())))
+
+
+def oracle_prompts(config: RunConfig) -> list[LocatedPrompt]:
+    """Return the evaluation's prompts under the positive word if evaluation.draws_oracle, else none."""
+    if not config.evaluation.draws_oracle:
+        return []
+    held_out = located_prompts(config, "evaluation.prompts_path", config.evaluation.prompts_path)
+    told = told_prompts(config, [each.prompt for each in held_out])
+    return [each._replace(prompt=prompt) for each, prompt in zip(held_out, told, strict=True)]
+
+
+def told_prompts(config: RunConfig, prompts: Iterable[str]) -> tuple[str, ...]:
+    """Return each prompt under the run's positive control word, as in "3D. grinning face"."""
+    words = config.control_words
+    return tuple(PromptPair(prompt, words.positive, words.negative).positive_text for prompt in prompts)
 
 
 def located_guard_prompts(config: RunConfig, guard: GuardConfig) -> tuple[LocatedPrompt, ...]:

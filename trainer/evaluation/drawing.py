@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from services.config.run import RunConfig
 from trainer.algorithm.rollout import Sampling, sample
 from trainer.data.conditioning import Encode
 from trainer.data.prompt_files import load_prompts
+from trainer.data.run_prompts import told_prompts
 from trainer.draws import evaluation_generator
 from trainer.model.policy import Policy
 
@@ -85,6 +86,13 @@ def evaluation_pictures(config: RunConfig, shift: float) -> PictureSet:
     prompts = tuple(label for label in labels for _ in range(evaluation.num_images_per_prompt))
     sampling = Sampling(evaluation.num_steps, evaluation.guidance_scale, shift, *size)
     return PictureSet(prompts, config.seed, evaluation.batch, sampling)
+
+
+def oracle_pictures(config: RunConfig, shift: float) -> PictureSet | None:
+    """Return the evaluation's images with each prompt under the positive control word; None if they are not wanted."""
+    pictures = evaluation_pictures(config, shift)
+    told = replace(pictures, prompts=told_prompts(config, pictures.prompts))
+    return told if config.evaluation.draws_oracle else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""Lay images out as one picture: a grid with captions, or before and after side by side."""
+"""Lay images out as one picture: a grid with captions, or the images of several sources side by side."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ def picture_grid(images: Tensor, captions: Sequence[str], num_columns: int) -> P
     return grid
 
 
-def before_after(base: Tensor, aligned: Tensor, prompts: Sequence[str], num_columns: int = 4) -> PIL.Image.Image:
-    """Return pairs of the same prompt and seed as one picture: the base policy's image left, the aligned's right."""
-    pairs = F.pad(torch.cat([base, aligned], dim=3), (0, max(2, base.shape[3] // 16)), value=255)
-    return picture_grid(pairs, prompts, num_columns)
+def side_by_side(columns: Sequence[Tensor], prompts: Sequence[str], num_columns: int) -> PIL.Image.Image:
+    """Return the images of several sources as one picture: those of one prompt side by side, in the given order.
+
+    columns: the images of each source, (num_images, 3, height, width) uint8, such as base, aligned and real.
+    """
+    rows = F.pad(torch.cat(list(columns), dim=3), (0, max(2, columns[0].shape[3] // 16)), value=255)
+    return picture_grid(rows, prompts, num_columns)
 
 
 def _shorten(text: str, font: Any, width_px: int) -> str:

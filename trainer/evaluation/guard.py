@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Collection
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from trainer.evaluation.drawing import PictureSet
 from trainer.evaluation.judges import Judges
 from trainer.evaluation.measurements import Measurements, Measurer, metric_names
 from trainer.evaluation.real_pictures import truth_of
-from trainer.evaluation.similarities import similarities
+from trainer.evaluation.similarities import measures_of, reward_metrics
 from trainer.evaluation.stop_rules import Check, best_check, broken_rule, exported_check, require_sound_base
 
 _CHECKS_FILE = "guard.json"
@@ -133,23 +132,12 @@ def guard_prompts(config: RunConfig, settings: GuardConfig) -> tuple[str, ...]:
     return tuple(each.prompt for each in located_guard_prompts(config, settings))
 
 
-def reward_metrics(config: RunConfig, settings: GuardConfig) -> dict[str, str]:
-    """Return metric name -> reward, for the rewards that the run trains on and the held-out one.
-
-    The only reward that a run trains on has the metric "reward"; several have their own names in it.
-    """
-    names = [reward.name for reward in config.rewards]
-    trained = {f"reward_{name}": name for name in names} if len(names) > 1 else {"reward": names[0]}
-    return trained | ({"held_out_reward": settings.held_out_reward} if settings.held_out_reward else {})
-
-
 def guard_measurer(config: RunConfig, settings: GuardConfig, client: RewardClient, judges: Judges | None) -> Measurer:
     """Return what measures the images of the checks, by the rewards of `client`'s service, judges and real pictures."""
-    rewards = {
-        name: partial(similarities, client, config, reward) for name, reward in reward_metrics(config, settings).items()
-    }
+    rewards = measures_of(client, config, reward_metrics(config, settings.held_out_reward))
     truth = truth_of(config, guard_prompts(config, settings))
-    return Measurer(rewards, judges, config.evaluation.reference_path, settings.num_images_per_prompt, truth)
+    evaluation, repeats = config.evaluation, settings.num_images_per_prompt
+    return Measurer(rewards, judges, evaluation.reference_path, repeats, truth, evaluation.batch)
 
 
 def check_guard(config: RunConfig, settings: GuardConfig, offered: Collection[str]) -> None:
@@ -178,7 +166,7 @@ def measured_metrics(config: RunConfig, settings: GuardConfig) -> set[str]:
     frechet_wanted is the distance to real pictures of the positive word, if the judge knows a style of that name. A
     rule on it serves both a prompt pair and its reverse.
     """
-    evaluation, rewards = config.evaluation, list(reward_metrics(config, settings))
+    evaluation, rewards = config.evaluation, list(reward_metrics(config, settings.held_out_reward))
     repeats, has_truth = settings.num_images_per_prompt, evaluation.truth is not None
     names = metric_names(rewards, evaluation.judge_path, evaluation.reference_path, repeats, has_truth)
     names |= {"frechet_wanted"} if _distance_to_positive(config) in names else set()

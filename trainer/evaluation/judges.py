@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification
 
-NUM_NEAREST = 5  # eval/subject_top5
+NUM_NEAREST = 5  # subject_top5
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
@@ -86,26 +86,22 @@ class Judges:
     def metrics(folder: Path) -> set[str]:
         """Return the names of the numbers that the judges in `folder` give, without loading them."""
         labels = json.loads((folder / "style" / "config.json").read_text(encoding="utf-8"))["id2label"].values()
-        return {f"{kind}_{name}" for kind in ("style_share", "frechet") for name in labels} | {"subject_top5"}
+        with safe_open(folder / "reference.safetensors", framework="pt") as file:
+            measured = set(file.keys())
+        distances = {f"frechet_{name}" for name in labels if f"style.{name}.mean" in measured}
+        return {*(f"style_share_{name}" for name in labels), *distances, "subject_top5"}
 
     @property
     def references(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return mean and covariance of the features of each style's real pictures, by the distance's metric name."""
+        """Return mean and covariance of the features of each style's real pictures, by the distance's metric name.
+
+        A class without real pictures, such as "Spoiled", has none.
+        """
         return {
             f"frechet_{name}": (self._reference[f"style.{name}.mean"], self._reference[f"style.{name}.covariance"])
             for name in self._style.config.id2label.values()
+            if f"style.{name}.mean" in self._reference
         }
-
-    def numbers(self, images: Tensor, prompts: Sequence[str], batch: int) -> dict[str, float]:
-        """Return numbers by metric name of images (num_images, 3, height, width) uint8, drawn for one prompt each.
-
-        Raises ValueError as `judge` does.
-        """
-        values, features = self.judge(images, prompts, batch)
-        gaussian = gaussian_of(features)
-        numbers = {name: float(value.mean()) for name, value in values.items()}
-        numbers |= {name: frechet_distance(*gaussian, *real) for name, real in self.references.items()}
-        return {f"eval/{name}": number for name, number in numbers.items()}
 
     @torch.no_grad()
     def judge(self, images: Tensor, prompts: Sequence[str], batch: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -122,13 +118,6 @@ class Judges:
         embeddings = [self._subject(_pixels(chunk, self._subject)).pooler_output for chunk in images.split(batch)]
         recognized = self._recognized(torch.cat(embeddings).flatten(1).cpu(), prompts)
         return values | {"subject_top5": recognized}, pooled.flatten(1).cpu()
-
-    @torch.no_grad()
-    def style_log_probability(self, images: Tensor, style: str, batch: int) -> Tensor:
-        """Return log p(style) of each uint8 image, (num_images,), by the style judge."""
-        logits = self._style.classifier(self._pooled(images, batch))
-        index = {name: int(row) for row, name in self._style.config.id2label.items()}[style]
-        return logits.log_softmax(dim=1)[:, index].cpu()
 
     @torch.no_grad()
     def features(self, images: Tensor, batch: int) -> Tensor:

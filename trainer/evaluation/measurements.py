@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.evaluation.damage import THRESHOLDS, changes, damage
 from trainer.evaluation.judges import Judges, frechet_distance, gaussian_of
 from trainer.evaluation.paired import PAIRED, correlation, hue_distance, paired_values
 from trainer.evaluation.real_pictures import read_pictures
@@ -61,7 +62,7 @@ class Measurer:
     """Measures images by rewards (whose metrics begin with "reward"), judges, and real pictures.
 
     reference_path: a folder of real pictures, of which the distribution counts. truth: the real picture of each prompt,
-    (3, height, width) uint8.
+    (3, height, width) uint8. batch: the images that judges see at once.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Measurer:
         reference_path: Path | None,
         num_images_per_prompt: int,
         truth: Mapping[str, Tensor] | None = None,
+        batch: int = _BATCH,
     ) -> None:
         self._rewards, self._judges, self._num_images_per_prompt = rewards, judges, num_images_per_prompt
-        self._truth = truth
+        self._truth, self._batch = truth, batch
         self._references = judges.references if judges else {}
         self._reference_path = reference_path
 
@@ -87,7 +89,7 @@ class Measurer:
         if self._judges is None:
             features = torch.cat([picture_features(chunk) for chunk in images.split(_BATCH)])
         else:
-            judge_values, features = self._judges.judge(images, prompts, _BATCH)
+            judge_values, features = self._judges.judge(images, prompts, self._batch)
             values |= judge_values
         if self._truth is not None:
             values |= self._compare(images, torch.stack([self._truth[prompt] for prompt in prompts]))
@@ -104,6 +106,7 @@ class Measurer:
         numbers |= {
             name: frechet_distance(*gaussian, *real) for name, real in self._reference_gaussians(measurements).items()
         }
+        numbers["damage"] = damage(numbers)
         by_prompt = measurements.features.double().unflatten(0, (-1, self._num_images_per_prompt))
         numbers["diversity_prompts"] = float(diversity(by_prompt[:, 0]))
         if self._num_images_per_prompt > 1:
@@ -114,7 +117,7 @@ class Measurer:
         """Return mean and covariance of real pictures' features, by the metric name of the distance to them."""
         if self._reference_path is not None and "frechet_reference" not in self._references:
             real = read_pictures(self._reference_path, *measurements.images.shape[2:])
-            features = self._judges.features(real, _BATCH) if self._judges else picture_features(real)
+            features = self._judges.features(real, self._batch) if self._judges else picture_features(real)
             self._references = {**self._references, "frechet_reference": gaussian_of(features)}
         return self._references
 
@@ -123,7 +126,7 @@ class Measurer:
         values = paired_values(images, real)
         if self._judges is None:
             return values
-        return values | {SUBJECT_SIMILARITY: self._judges.subject_similarity(images, real, _BATCH)}
+        return values | {SUBJECT_SIMILARITY: self._judges.subject_similarity(images, real, self._batch)}
 
     def _reward_values(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         values = {}
@@ -143,7 +146,7 @@ def metric_names(
 ) -> set[str]:
     """Return the names of all numbers that a Measurer with these arguments gives, without making one."""
     names = {*rewards, *map(common_mode_name, rewards), *_STATISTICS, "diversity_prompts"}
-    names |= set(_DRIFTS)
+    names |= {*_DRIFTS, *THRESHOLDS, "damage"}
     names |= Judges.metrics(judge_path) if judge_path else set()
     names |= {"frechet_reference"} if reference_path else set()
     names |= {*PAIRED, *([SUBJECT_SIMILARITY] if judge_path else [])} if has_truth else set()
@@ -160,7 +163,7 @@ def common_mode_name(reward: str) -> str:
 
 
 def _drifts(images: Tensor, base: Tensor) -> dict[str, Tensor]:
-    """Return how far images are from the base model's of the same prompts and seeds: pixels, structure, hue."""
+    """Return how far images are from the base model's of the same prompts and seeds: pixels, structure, colors."""
     parts = []
     for chunk, base_chunk in zip(images.split(_BATCH), base.split(_BATCH), strict=True):
         pixels, before = chunk.double() / 255, base_chunk.double() / 255
@@ -169,6 +172,7 @@ def _drifts(images: Tensor, base: Tensor) -> dict[str, Tensor]:
                 "base_pixel_distance": pixel_distance(chunk, base_chunk),
                 "base_edge_correlation": correlation(edge_strength(pixels), edge_strength(before)),
                 "base_hue_distance": hue_distance(pixels, before),
+                **changes(chunk, base_chunk),
             }
         )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -8,6 +8,7 @@ the wanted style cannot. Tensors in, tensors out: images and truth are (num_imag
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import product
 
 import torch
@@ -19,8 +20,10 @@ from trainer.evaluation.statistics import edge_strength, luma
 
 _MAX_SHIFT_PX = 2  # of an image against its truth, before they are compared
 _LARGEST_RATIO = 100.0
-_BATCH = 32  # images compared at a time: float64 and 25 shifts take memory
+_COMPARED_PX = 256  # larger images are averaged down to it: SSIM of 1024 pixels takes 5 GB an image
+_BATCH_PIXELS = 32 * 64**2  # compared at a time
 GAP_MEASURES = ("truth_l1", "truth_edge_correlation", "truth_ssim", "truth_hue_distance")  # better in one direction
+GAPS = tuple(name.replace("truth", "gap_closed", 1) for name in GAP_MEASURES)
 PAIRED = (
     "truth_l1", "truth_edge_correlation", "truth_ssim", "truth_contrast_ratio", "truth_sharpness_ratio",
     "truth_hue_distance",
@@ -37,12 +40,23 @@ def paired_values(images: Tensor, truth: Tensor) -> dict[str, Tensor]:
     truth_sharpness_ratio: root mean square of edge strength over the truth's; below 1 is blurred, above 1 is noisy.
     truth_hue_distance: mean angle between hues in [0, 1], 1 for complementary colors, weighted by the chroma of both.
 
-    Raises ValueError if the shapes differ.
+    Images whose longer side has more than 256 pixels are averaged down to it first. Raises ValueError if the shapes
+    differ.
     """
     if images.shape != truth.shape:
         raise ValueError(f"images are {tuple(images.shape)}, but their real pictures {tuple(truth.shape)}")
-    parts = [_values_of_batch(*pair) for pair in zip(images.split(_BATCH), truth.split(_BATCH), strict=True)]
+    images, truth = _reduced(images), _reduced(truth)
+    batch = max(1, _BATCH_PIXELS // (images.shape[2] * images.shape[3]))
+    parts = [_values_of_batch(*pair) for pair in zip(images.split(batch), truth.split(batch), strict=True)]
     return {name: torch.cat([part[name] for part in parts]) for name in PAIRED}
+
+
+def _reduced(images: Tensor) -> Tensor:
+    factor = _COMPARED_PX / max(images.shape[2:])
+    if factor >= 1:
+        return images
+    size = [max(1, round(each * factor)) for each in images.shape[2:]]
+    return torch.cat([F.interpolate(each[None].float(), size, mode="area") for each in images]).round().to(torch.uint8)
 
 
 def _values_of_batch(images: Tensor, truth: Tensor) -> dict[str, Tensor]:
@@ -87,7 +101,7 @@ def hue_distance(pixels: Tensor, real: Tensor) -> Tensor:
     Hue and chroma are those of the plane of color differences (α, β): α = R − (G + B) / 2, β = √3 / 2 · (G − B). Two
     images without a pixel that is colored in both have the distance 0.
     """
-    plane, real_plane = _color_plane(pixels), _color_plane(real)
+    plane, real_plane = color_plane(pixels), color_plane(real)
     weight = plane.norm(dim=1) * real_plane.norm(dim=1)
     cosine = F.cosine_similarity(plane, real_plane, dim=1, eps=1e-9).clamp(-1, 1)
     angles = cosine.acos() / math.pi
@@ -104,7 +118,22 @@ def gap_closed(base: Tensor, run: Tensor, oracle: Tensor) -> Tensor:
     return torch.where(gap == 0, math.nan, (base - run) / gap)
 
 
-def _color_plane(pixels: Tensor) -> Tensor:
+def gaps_closed(
+    base: Mapping[str, Tensor], run: Mapping[str, Tensor], oracle: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return gap_closed by measure, as gap_closed_l1 of truth_l1, for those of GAP_MEASURES that `base` has.
+
+    A measure without a gap between base and oracle is left out.
+    """
+    gaps = {
+        gap: gap_closed(base[name], run[name], oracle[name])
+        for gap, name in zip(GAPS, GAP_MEASURES, strict=True)
+        if name in base
+    }
+    return {name: gap for name, gap in gaps.items() if gap.isfinite().all()}
+
+
+def color_plane(pixels: Tensor) -> Tensor:
     """Return (num_images, 2, height, width)."""
     red, green, blue = pixels.unbind(dim=1)
     return torch.stack([red - (green + blue) / 2, math.sqrt(3) / 2 * (green - blue)], dim=1)

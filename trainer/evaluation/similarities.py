@@ -1,8 +1,9 @@
-"""Get a served reward's similarities of images to their prompts under the run's positive and negative control word."""
+"""Measure images by served rewards: their similarities to the prompts under the run's positive and negative word."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from services.config.run import RunConfig
 from services.contract import PromptPair, RewardRequest, RewardResponse, WeightedReward
+from trainer.evaluation.measurements import Similarities
 
 
 class Scores(Protocol):
@@ -35,3 +37,18 @@ def similarities(
         positive.append(torch.tensor(response.positive_similarities[0]))
         negative.append(torch.tensor(response.negative_similarities[0]))
     return torch.cat(positive), torch.cat(negative)
+
+
+def reward_metrics(config: RunConfig, held_out_reward: str | None = None) -> dict[str, str]:
+    """Return metric name -> reward, for the rewards that the run trains on and the held-out one.
+
+    The only reward that a run trains on has the metric "reward"; several have their own names in it.
+    """
+    names = [reward.name for reward in config.rewards]
+    trained = {f"reward_{name}": name for name in names} if len(names) > 1 else {"reward": names[0]}
+    return trained | ({"held_out_reward": held_out_reward} if held_out_reward else {})
+
+
+def measures_of(client: Scores, config: RunConfig, metrics: dict[str, str]) -> dict[str, Similarities]:
+    """Return what a Measurer measures rewards with, by metric name. metrics: metric name -> reward."""
+    return {name: partial(similarities, client, config, reward) for name, reward in metrics.items()}

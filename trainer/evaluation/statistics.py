@@ -15,7 +15,7 @@ _EDGE = 0.1  # a pixel where luma changes by this much per pixel, or more, is an
 _COLOR_LEVELS = 4  # per channel: 64 colors
 _GRAY_LEVELS, _WINDOW_PX = 8, 8  # of local_entropy
 _CELLS = 4  # rows and columns of the fixed features
-_TOKEN_PX = 16  # a transformer token's width and height in every FLUX: 8 of the VAE × 2 of the patch
+_TILE_PX = 16  # a token's width and height in FLUX: 8 of the VAE × 2 of the patch; twice the embedded model's
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 
 
@@ -26,8 +26,9 @@ def picture_statistics(images: Tensor) -> dict[str, Tensor]:
     dark_share: share of pixels with luma below 0.2.
     edge_density: share of pixels where luma changes by 0.1 per pixel or more (Sobel's operator).
     color_entropy: −Σ p log2 p over 64 colors, 4 levels per channel, in bits; at most 6.
-    lattice_share: share of luma's variance that repeats with the period of a token, 16 pixels; in [0, 1], 0 for a
-    single color. Over-optimized rewards favor such a lattice, which people see and judges often do not.
+    lattice_share: share of luma's variance that repeats every 16 pixels, a token's size in FLUX (or twice a smaller
+    one); in [0, 1], 0 for a single color. Over-optimized rewards favor such a lattice, which people see and judges
+    often do not.
     contrast: standard deviation of luma over pixels; it falls as images wash out.
     sharpness: root mean square of the change of luma per pixel (Sobel's operator); it falls as images blur.
     local_entropy: −Σ p log2 p over 8 levels of luma, in bits, mean over windows of 8 × 8 pixels; it falls as areas run
@@ -103,8 +104,8 @@ def _lattice_share(luma: Tensor) -> Tensor:
     By Parseval's theorem it is the share of the spectrum's power, without the mean, at the multiples of 1 / 16 pixel.
     Rows and columns beyond whole tiles are cut.
     """
-    height, width = (min(_TOKEN_PX, size) for size in luma.shape[1:])
-    rows, columns = (size - size % _TOKEN_PX or size for size in luma.shape[1:])
+    height, width = (min(_TILE_PX, size) for size in luma.shape[1:])
+    rows, columns = (size - size % _TILE_PX or size for size in luma.shape[1:])
     tiles = luma[:, :rows, :columns].unflatten(2, (-1, width)).unflatten(1, (-1, height))
     repeated, whole = tiles.mean(dim=(1, 3)).flatten(1), tiles.flatten(1)
     return repeated.var(dim=1, correction=0) / whole.var(dim=1, correction=0).clamp(min=1e-9)

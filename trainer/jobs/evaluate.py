@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -22,20 +21,20 @@ from services.clients.reward import RewardClient, RewardError
 from services.clients.tracking import RunStatus, Tracker, TrackingError
 from services.config.finetune import FinetuneConfig
 from services.config.run import ConfigError, RunConfig, load_run_config
-from services.contract import PromptPair
 from trainer.algorithm.rollout import Sampling
 from trainer.data.conditioning import encoder, load_policy
 from trainer.data.prompt_files import load_prompts, locate_prompts
 from trainer.data.prompt_lengths import describe_cut_prompts
+from trainer.data.run_prompts import told_prompts
 from trainer.draws import evaluation_generator
 from trainer.evaluation.bootstrap import Interval, draws_of_prompts, interval
 from trainer.evaluation.drawing import PictureSet
 from trainer.evaluation.judges import Judges
 from trainer.evaluation.measurements import Measurements, Measurer
-from trainer.evaluation.paired import GAP_MEASURES, gap_closed
+from trainer.evaluation.paired import gaps_closed
 from trainer.evaluation.real_pictures import truth_of
 from trainer.evaluation.report import Column, render
-from trainer.evaluation.similarities import similarities
+from trainer.evaluation.similarities import measures_of
 from trainer.evaluation.viewing import Pair, choose_rows, render_viewing
 from trainer.model.engine import checkpoint_weights
 from trainer.model.lora import whole_weights
@@ -108,10 +107,11 @@ def evaluate(config: RunConfig, folders: Mapping[str, Path]) -> tuple[Path, str]
 def make_measurer(config: RunConfig, client: RewardClient) -> Measurer:
     """Return a measurer with all rewards that are served, judges, statistics and the folder of real pictures."""
     evaluation = config.evaluation
-    rewards = {f"reward_{name}": partial(similarities, client, config, name) for name in client.models()}
+    rewards = measures_of(client, config, {f"reward_{name}": name for name in client.models()})
     judges = Judges.load(evaluation.judge_path, _device(config)) if evaluation.judge_path else None
     truth = truth_of(config, set(held_out_prompts(config)))
-    return Measurer(rewards, judges, evaluation.reference_path, config.comparison.num_images_per_prompt, truth)
+    repeats = config.comparison.num_images_per_prompt
+    return Measurer(rewards, judges, evaluation.reference_path, repeats, truth, evaluation.batch)
 
 
 @torch.no_grad()
@@ -126,7 +126,9 @@ def draw(config: RunConfig, folders: Mapping[str, Path]) -> Iterator[tuple[str, 
     located = locate_prompts(evaluation.prompts_path, config.prompts.column)
     if cut := describe_cut_prompts(policy.text, located, model.max_sequence_length):
         print(f"warning: {cut}", flush=True)
-    oracle = replace(pictures, prompts=oracle_prompts(config)) if config.comparison.draws_oracle else None
+    oracle = (
+        replace(pictures, prompts=told_prompts(config, pictures.prompts)) if config.evaluation.draws_oracle else None
+    )
     encode = encoder(config, policy, pictures.prompts + (oracle.prompts if oracle else ()))
     yield _BASE, pictures.draw_alone(policy, encode)
     if oracle:
@@ -165,7 +167,7 @@ def measure(config: RunConfig, measurer: Measurer, policies: Iterator[tuple[str,
     for name, observed in seen.items():
         values = _values(measurer, observed, draws)
         if _ORACLE in seen and name not in (_BASE, _ORACLE):
-            values |= _gaps(base, values, _values(measurer, seen[_ORACLE], draws))
+            values |= gaps_closed(base, values, _values(measurer, seen[_ORACLE], draws))
         numbers = {key: _interval(column, settings.confidence) for key, column in values.items()}
         differences = {
             key: _interval(column - base[key], settings.confidence) for key, column in values.items() if key in base
@@ -225,28 +227,10 @@ def held_out_prompts(config: RunConfig) -> tuple[str, ...]:
     return tuple(label for label in labels for _ in range(config.comparison.num_images_per_prompt))
 
 
-def oracle_prompts(config: RunConfig) -> tuple[str, ...]:
-    """Return the prompt of each picture under the positive control word."""
-    words = config.control_words
-    return tuple(
-        PromptPair(prompt, words.positive, words.negative).positive_text for prompt in held_out_prompts(config)
-    )
-
-
 def _values(measurer: Measurer, seen: Measurements, draws: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return, by name, (1 + num_draws,): each number on all prompts, then on each draw of them."""
     rows = [measurer.summarize(seen), *(measurer.summarize(seen.rows(draw)) for draw in draws)]
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
-
-
-def _gaps(base: Mapping[str, Tensor], run: Mapping[str, Tensor], oracle: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return where a run stands between base and oracle, by measure, (1 + num_draws,); none where there is no gap."""
-    gaps = {
-        name.replace("truth", "gap_closed", 1): gap_closed(base[name], run[name], oracle[name])
-        for name in GAP_MEASURES
-        if name in base
-    }
-    return {name: gap for name, gap in gaps.items() if gap.isfinite().all()}
 
 
 def _interval(values: Tensor, confidence: float) -> Interval:

@@ -11,35 +11,36 @@ import torch
 from torch import Tensor
 
 from services.clients.tracking import Tracker
-from trainer.evaluation.drawing import Evaluation
-from trainer.evaluation.grids import before_after, picture_grid
-from trainer.evaluation.paired import paired_values
+from trainer.draws import draw_rows
+from trainer.evaluation.drawing import Evaluation, PictureSet
+from trainer.evaluation.grids import picture_grid, side_by_side
+from trainer.evaluation.measurements import Measurements, Measurer
+from trainer.evaluation.paired import gaps_closed
 from trainer.evaluation.real_pictures import truth_of
-from trainer.evaluation.similarities import similarities
+from trainer.evaluation.similarities import measures_of, reward_metrics
 from trainer.runtime.worker import Worker
 
-_NUM_GRID_COLUMNS = 6
+_NUM_GRID_COLUMNS, _NUM_COLUMNS_SIDE_BY_SIDE = 6, 4
 
 
 class Evaluator:
-    """Draws on all workers, which call every method together. Worker 0 judges, writes files and records."""
+    """Draws on all workers, which call every method together. Worker 0 measures, writes files and records."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker, self._config, self._pictures = worker, worker.config, worker.pictures
+        self._truth = truth_of(self._config, set(self._pictures.prompts)) if worker.is_recording else None
+        self._measurer = self._make_measurer() if worker.is_recording else None
+        self._base: Measurements | None = None
 
-    def evaluate(self, policy_name: str, step: int) -> None:
-        """Draw the held-out prompts, judge the images, and save images and numbers under the policy's name."""
-        worker = self._worker
-        with worker.seconds.timed(f"{policy_name}_evaluation"):
-            images = worker.draw(self._pictures, len(self._pictures.prompts))
-            if images is None:
-                return
-            evaluation = Evaluation(images, self._judge(images))
-            worker.folder.mkdir(parents=True, exist_ok=True)
-            evaluation.save(self._path(policy_name))
-            worker.log(lambda tracker: tracker.log_metrics(evaluation.numbers, step))
-            worker.log(lambda tracker: tracker.log_image(self._grid(images), "samples", step))
-            print(f"{policy_name}:", *(f"{key} {value:.3f}" for key, value in evaluation.numbers.items()), flush=True)
+    def evaluate_base(self) -> None:
+        """Evaluate the base model, and the oracle if evaluation.draws_oracle says so."""
+        self._evaluate("base", self._pictures, step=0)
+        if (told := self._worker.oracle_pictures) is not None:
+            self._evaluate("oracle", told, step=0)
+
+    def evaluate_aligned(self, step: int) -> None:
+        """Evaluate the aligned model, whose weights are those of `step`."""
+        self._evaluate("aligned", self._pictures, step)
 
     def show_samples(self, step: int) -> None:
         """Log a grid of held-out images where one is due. The final evaluation logs the last step's."""
@@ -56,49 +57,85 @@ class Evaluator:
         worker = self._worker
         if not worker.is_recording:
             return
-        base, aligned = (Evaluation.load(self._path(name)) for name in ("base", "aligned"))
+        names = ("base", "oracle", "aligned") if worker.oracle_pictures else ("base", "aligned")
         guard = worker.guard and {"exported_step": worker.guard.exported_step, "stopped_by": worker.guard.broken_rule}
         summary = {
-            "base": base.numbers,
-            "aligned": aligned.numbers,
-            "num_images": len(base.images),
+            **{name: self._load(name).numbers for name in names},
+            "num_images": len(self._pictures.prompts),
             "guard": guard,
             "seconds": worker.seconds.seconds,
         }
         files = worker.folder / "evaluation.json", worker.folder / "before_after.png"
         files[0].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        shown = slice(worker.num_grid_images)
-        before_after(base.images[shown], aligned.images[shown], self._pictures.prompts[shown]).save(files[1])
+        self._before_after().save(files[1])
         for file in files:
             worker.log(partial(Tracker.log_file, path=file))
         worker.close_record()
 
-    def _judge(self, images: Tensor) -> dict[str, float]:
-        judges, prompts = self._worker.judges, self._pictures.prompts
-        numbers = judges.numbers(images, prompts, self._config.evaluation.batch) if judges else {}
-        return numbers | self._distances_to_truth(images) | self._mean_rewards(images)
+    def _evaluate(self, name: str, pictures: PictureSet, step: int) -> None:
+        """Draw the held-out prompts, measure the images, and save images and numbers under the policy's name."""
+        worker = self._worker
+        with worker.seconds.timed(f"{name}_evaluation"):
+            images = worker.draw(pictures, len(pictures.prompts))
+            if images is None:
+                return
+            worker.folder.mkdir(parents=True, exist_ok=True)
+            numbers = self._measure(name, images)
+            if name == "aligned" and worker.oracle_pictures:
+                numbers |= self._gaps_closed(numbers)
+            Evaluation(images, {f"eval/{key}": value for key, value in numbers.items()}).save(self._path(name))
+            group, title = ("oracle", "oracle") if name == "oracle" else ("eval", "samples")
+            recorded = {f"{group}/{key}": value for key, value in numbers.items()}
+            worker.log(lambda tracker: tracker.log_metrics(recorded, step))
+            worker.log(lambda tracker: tracker.log_image(self._grid(images), title, step))
+            print(f"{name}:", *(f"{key} {value:.3f}" for key, value in sorted(numbers.items())), flush=True)
 
-    def _distances_to_truth(self, images: Tensor) -> dict[str, float]:
-        """Return the means of the paired measures, if the run has real pictures of its prompts."""
+    def _make_measurer(self) -> Measurer:
+        worker, config, evaluation = self._worker, self._config, self._config.evaluation
+        rewards = measures_of(worker.client, config, reward_metrics(config))
+        repeats, batch = evaluation.num_images_per_prompt, evaluation.batch
+        return Measurer(rewards, worker.judges, evaluation.reference_path, repeats, self._truth, batch)
+
+    def _measure(self, name: str, images: Tensor) -> dict[str, float]:
+        """Return every number of a policy's images; of several rewards also their weighted sum, as reward."""
+        measurer, prompts = self._measurer, self._pictures.prompts
+        assert measurer is not None
+        if name == "base":
+            measurements = self._base = measurer.measure(images, prompts)
+        else:
+            if self._base is None:  # the run was interrupted
+                self._base = measurer.measure(self._load("base").images, prompts)
+            measurements = measurer.measure(images, prompts, self._base)
+        numbers = measurer.summarize(measurements)
+        rewards = self._config.rewards
+        if len(rewards) > 1:
+            numbers["reward"] = sum(each.weight * numbers[f"reward_{each.name}"] for each in rewards)
+        return numbers
+
+    def _gaps_closed(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Return where the aligned model stands between the base (0) and the oracle (1), by paired measure."""
+        found = [
+            {key.removeprefix("eval/"): torch.tensor(value) for key, value in each.items()}
+            for each in (self._load("base").numbers, numbers, self._load("oracle").numbers)
+        ]
+        return {key: float(value) for key, value in gaps_closed(*found).items()}
+
+    def _before_after(self) -> PIL.Image.Image:
+        """Return images of base, aligned and, if there are some, real pictures side by side; the seed draws which."""
         prompts = self._pictures.prompts
-        if (truth := truth_of(self._config, set(prompts))) is None:
-            return {}
-        values = paired_values(images, torch.stack([truth[prompt] for prompt in prompts]))
-        return {f"eval/{name}": float(value.mean()) for name, value in values.items()}
-
-    def _mean_rewards(self, images: Tensor) -> dict[str, float]:
-        """Return the weighted sum as eval/reward, and also each reward's mean if there are several."""
-        config, means = self._config, {}
-        for reward in config.rewards:
-            positive, negative = similarities(self._worker.client, config, reward.name, images, self._pictures.prompts)
-            means[reward.name] = float((positive - negative).mean())
-        total = sum(reward.weight * means[reward.name] for reward in config.rewards)
-        each = {f"eval/reward_{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
-        return each | {"eval/reward": total}
+        rows = draw_rows(self._config.seed, len(prompts), self._worker.num_grid_images)
+        columns = [self._load(name).images[rows] for name in ("base", "aligned")]
+        shown = [prompts[row] for row in rows]
+        if self._truth is not None:
+            columns.append(torch.stack([self._truth[prompt] for prompt in shown]))
+        return side_by_side(columns, shown, _NUM_COLUMNS_SIDE_BY_SIDE)
 
     def _grid(self, images: Tensor) -> PIL.Image.Image:
         num_shown = self._worker.num_grid_images
         return picture_grid(images[:num_shown], self._pictures.prompts[:num_shown], _NUM_GRID_COLUMNS)
+
+    def _load(self, policy_name: str) -> Evaluation:
+        return Evaluation.load(self._path(policy_name))
 
     def _path(self, policy_name: str) -> Path:
         return self._worker.folder / f"{policy_name}.safetensors"

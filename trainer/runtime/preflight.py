@@ -10,8 +10,9 @@ from services.config.run import RunConfig
 from trainer.data.batches import open_batches
 from trainer.data.conditioning import check_embeddings
 from trainer.data.latents import require_unchanged
-from trainer.data.run_prompts import drawn_prompts, judged_prompts
-from trainer.evaluation.real_pictures import picture_files
+from trainer.data.prompt_files import load_prompts
+from trainer.data.run_prompts import drawn_prompts, judged_prompts, oracle_prompts
+from trainer.evaluation.real_pictures import picture_files, truth_of
 from trainer.flow import level_sigmas, num_delta_levels
 from trainer.model.loading import check_model_path
 from trainer.runtime.accepted_prompts import require_accepted
@@ -30,7 +31,8 @@ def check_run(config: RunConfig) -> None:
     """
     _check_files(config)
     drawn, judged = drawn_prompts(config), judged_prompts(config)
-    check_embeddings(config, (each.prompt for each in (*drawn, *judged)))
+    check_embeddings(config, (each.prompt for each in (*drawn, *judged, *oracle_prompts(config))))
+    _check_evaluation(config)
     shift, objective = config.rollout.shift, config.objective
     if shift != "dynamic" or objective.sigma_range is not None:  # otherwise the workers check, which have the model
         num_delta_levels(objective, level_sigmas(objective, 1.0 if shift == "dynamic" else shift))
@@ -51,6 +53,21 @@ def _check_files(config: RunConfig) -> None:
         raise PreflightError(f"evaluation.judge_path {judges} is not a folder: give one, or null to do without judges")
     if config.evaluation.reference_path is not None:
         picture_files(config.evaluation.reference_path)
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Raise an error for held-out prompts that cannot be evaluated: too few, or without a real picture or subject."""
+    evaluation = config.evaluation
+    prompts = list(load_prompts(evaluation.prompts_path, config.prompts.column))
+    if len(prompts) < 2:
+        raise PreflightError(f"evaluation.prompts_path {evaluation.prompts_path} has one prompt: give two or more")
+    truth_of(config, prompts)
+    if evaluation.judge_path is None:
+        return
+    from trainer.evaluation.judges import Judges  # on use: only such a run waits for transformers
+
+    if unknown := sorted(set(prompts) - set(Judges.subjects(evaluation.judge_path))):
+        raise PreflightError(f"evaluation.judge_path knows no subject {unknown[0]!r} of evaluation.prompts_path")
 
 
 def _check_rewards(config: RunConfig) -> None:

@@ -22,7 +22,7 @@ from trainer.data.batches import open_batches
 from trainer.data.conditioning import Encode, encoder, load_policy
 from trainer.data.prompt_lengths import describe_cut_prompts
 from trainer.data.run_prompts import drawn_prompts, used_prompts
-from trainer.evaluation.drawing import PictureSet, evaluation_pictures
+from trainer.evaluation.drawing import PictureSet, evaluation_pictures, oracle_pictures
 from trainer.evaluation.guard import Guard, guard_measurer
 from trainer.evaluation.judges import Judges
 from trainer.model.engine import Engine, init_distributed
@@ -47,7 +47,7 @@ class Worker:
             self._recorder = Recorder(tracker) if tracker else None
             self.policy, self.engine = self._load_policy()
             shift = self.policy.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
-            self.pictures = evaluation_pictures(config, shift)
+            self.pictures, self.oracle_pictures = evaluation_pictures(config, shift), oracle_pictures(config, shift)
             self.client = reward_client(config)
             judge_path = config.evaluation.judge_path
             self.judges = Judges.load(judge_path, self.device) if judge_path and self.rank == 0 else None
@@ -162,6 +162,8 @@ class Worker:
         indices = worker_samples(config, *place)
         prompts = [batches.batch(step).prompts[index] for step in steps for index in indices]
         drawn = [(self.pictures, len(self.pictures.prompts)), (self.pictures, self.num_grid_images)]
+        if self.oracle_pictures is not None:
+            drawn.append((self.oracle_pictures, len(self.oracle_pictures.prompts)))
         if self.guard is not None:
             drawn.append((self.guard.pictures, len(self.guard.pictures.prompts)))
         for pictures, num_images in drawn:

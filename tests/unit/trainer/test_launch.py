@@ -19,7 +19,9 @@ from reward_server.scoring.worker import Worker, WorkerArgs
 from services.clients.tracking import RunStatus, Tracker, TrackingError
 from services.config.run import load_run_config
 from tests.encoded import write_latents
+from tests.pictures import photo
 from tests.serving import reward_app, serve_app
+from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
 from trainer.launch import finish, main
 from trainer.runtime.paths import with_absolute_paths
@@ -38,6 +40,7 @@ def run(flux_folder: Path, reward_url: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     Path("train.txt").write_text("red heart\n", encoding="utf-8")
+    Path("two.txt").write_text("red heart\nkey\n", encoding="utf-8")
     return {
         "name": "tiny",
         "num_steps": 1,
@@ -47,7 +50,7 @@ def run(flux_folder: Path, reward_url: str, tmp_path: Path, monkeypatch: pytest.
         "rewards": [{"name": "tiny"}],
         "reward_service": {"url": reward_url},
         "optimizer": {"learning_rate": 1e-3},
-        "evaluation": {"prompts_path": "train.txt"},
+        "evaluation": {"prompts_path": "two.txt"},
         "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
     }
 
@@ -73,11 +76,12 @@ def write(run: dict[str, Any]) -> Path:
         ),
         ("evaluation", {"judge_path": "nowhere"}, ["evaluation.judge_path", "null"]),
         ("objective", {"delta_sigma": 0.5}, ["objective.delta_sigma 0.5", "[0.7500, 0.9643]"]),
+        ("evaluation", {"prompts_path": "train.txt"}, ["evaluation.prompts_path", "has one prompt"]),
         ("guard", {"num_prompts": 2}, ["guard.num_prompts 2 is more than the 1 prompts"]),
         (
             "guard",
             {"prompts_path": "two.txt", "num_prompts": 2, "keep_best": {"metric": "guard/fun", "goal": "max"}},
-            ["guard.keep_best.metric 'guard/fun' is not measured", "guard/base_pixel_distance, guard/color_entropy"],
+            ["guard.keep_best.metric 'guard/fun' is not measured", "guard/base_pixel_distance, guard/change_color, "],
         ),
         (
             "guard",
@@ -99,9 +103,23 @@ def test_bad_input_is_named_with_its_cure(
     run: dict[str, Any], section: str, spoiled: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("empty.txt").write_text("\n \n", encoding="utf-8")
-    Path("two.txt").write_text("red heart\nkey\n", encoding="utf-8")
     run[section] = run.get(section, {}) | spoiled
     assert_refused(run, named, capsys)
+
+
+def test_held_out_prompts_without_a_real_picture_or_a_known_subject_are_named(
+    run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "drawings").mkdir()
+    photo(32, 32).save(tmp_path / "drawings/heart.png")
+    (tmp_path / "drawings/heart.txt").write_text("red heart", encoding="utf-8")
+    run["evaluation"]["truth"] = {"path": "drawings"}
+    assert_refused(run, ["evaluation.truth has no picture of 'key'"], capsys)
+    del run["evaluation"]["truth"]
+    real = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    make_tiny_judges(tmp_path / "judge", ("3D", "Flat"), ("red heart", "tulip"), real)
+    run["evaluation"]["judge_path"] = "judge"
+    assert_refused(run, ["evaluation.judge_path knows no subject 'key' of evaluation.prompts_path"], capsys)
 
 
 def write_one_image(flux_folder: Path) -> None:
@@ -152,6 +170,7 @@ def test_a_prompt_that_a_reward_cannot_read_is_named_with_its_place(
     run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("train.txt").write_text(f"red heart\n{'x' * 60}\n", encoding="utf-8")
+    run["evaluation"]["prompts_path"] = "train.txt"
     named = ["does not accept 1 of the 2 longest of 2 prompts under 3D | Flat", "train.txt, line 2", "at most 48"]
     assert_refused(run, named, capsys)
 
@@ -195,7 +214,7 @@ def test_paths_become_absolute_and_a_hub_id_stays(run: dict[str, Any], tmp_path:
     config = with_absolute_paths(load_run_config(write(run)))
     assert config.model.path == "black-forest-labs/FLUX.1-dev"
     assert config.prompts is not None
-    assert config.prompts.path == config.evaluation.prompts_path == tmp_path / "train.txt"
+    assert (config.prompts.path, config.evaluation.prompts_path) == (tmp_path / "train.txt", tmp_path / "two.txt")
     assert config.evaluation.judge_path == tmp_path / "judge"
     assert config.prompts.embeddings_path == tmp_path / "embeddings"
     assert config.evaluation.truth is not None

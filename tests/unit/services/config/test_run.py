@@ -58,13 +58,19 @@ def test_every_committed_run_loads_and_is_named_for_its_file(path: Path) -> None
     assert load_run_config(path).name == path.stem
 
 
-def test_the_reversed_run_differs_in_name_and_pair_only() -> None:
+def test_the_reversed_run_differs_in_name_pair_and_truth_only() -> None:
     there, back = (
         load_run_config(ROOT / "deploy" / "runs" / f"{name}.yaml") for name in ("tiny_srpo", "tiny_srpo_reversed")
     )
     words = {"positive": there.control_words.negative, "negative": there.control_words.positive}
     assert back.control_words.model_dump(include=set(words)) == words
-    assert back.model_copy(update={"name": there.name, "control_words": there.control_words}) == there
+    assert there.evaluation.truth is not None
+    assert there.evaluation.truth.path == Path("deploy/tiny/truth/3D")
+    truth = there.evaluation.truth.model_copy(update={"path": Path("deploy/tiny/truth/Flat")})
+    evaluation = there.evaluation.model_copy(update={"truth": truth})
+    assert back == there.model_copy(
+        update={"name": back.name, "control_words": back.control_words, "evaluation": evaluation}
+    )
 
 
 def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:

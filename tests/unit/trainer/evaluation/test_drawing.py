@@ -11,7 +11,7 @@ import torch
 
 from trainer.algorithm.rollout import Sampling
 from trainer.evaluation.drawing import Evaluation, PictureSet, to_uint8
-from trainer.evaluation.grids import before_after, picture_grid
+from trainer.evaluation.grids import picture_grid, side_by_side
 
 
 @pytest.mark.parametrize(("num_images", "world_size"), [(5, 2), (6, 3), (1, 4), (7, 1)])
@@ -50,5 +50,5 @@ def test_grids_show_every_image_where_it_belongs() -> None:
     grid = picture_grid(images, [f"a caption much longer than its picture {i}" for i in range(5)], num_columns=2)
     assert grid.size == (2 * 128, 3 * (128 + 16))
     assert [red_at(grid, i % 2 * 128 + 5, i // 2 * 144 + 5) for i in range(5)] == [0, 40, 80, 120, 160]
-    pair = before_after(images[:1], images[4:], ["one"])
-    assert [red_at(pair, x, 5) for x in (5, 128 + 5, 2 * 128 + 5)] == [0, 160, 255]
+    row = side_by_side([images[:1], images[4:], images[2:3]], ["one"], num_columns=1)
+    assert [red_at(row, x, 5) for x in (5, 128 + 5, 2 * 128 + 5, 3 * 128 + 5)] == [0, 160, 80, 255]

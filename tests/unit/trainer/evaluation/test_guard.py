@@ -45,8 +45,9 @@ def make_guard(
     folder: Path, judges: Path | None = None, evaluation: dict[str, Any] | None = None, **settings: Any
 ) -> Guard:
     tree = yaml.safe_load((ROOT / "deploy/runs/tiny_srpo.yaml").read_text(encoding="utf-8"))
+    tree["num_steps"] = 6
     tree["prompts"]["path"] = str(ROOT / tree["prompts"]["path"])
-    tree["evaluation"] |= {"judge_path": judges and str(judges), "batch": 3} | (evaluation or {})
+    tree["evaluation"] |= {"judge_path": judges and str(judges), "truth": None, "batch": 3} | (evaluation or {})
     tree["guard"] = {"num_prompts": 4, "stop_when": [RULE]} | settings
     (folder / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     config = load_run_config(folder / "run.yaml")

@@ -42,10 +42,9 @@ def test_numbers_are_those_announced_and_the_judges_own(measurer: Measurer, tmp_
     measurements = measurer.measure(painted(), PROMPTS)
     numbers = measurer.summarize(measurements)
     assert set(numbers) == metric_names(["reward"], tmp_path, None, num_images_per_prompt=2)
-    alone = Judges.load(tmp_path, torch.device("cpu")).numbers(painted(), PROMPTS, batch=4)
-    assert {f"eval/{name}": numbers[name] for name in ("frechet_3D", "frechet_Flat", "subject_top5")} == pytest.approx(
-        {name: alone[name] for name in alone if "share" not in name}
-    )
+    values, features = Judges.load(tmp_path, torch.device("cpu")).judge(painted(), PROMPTS, batch=4)
+    assert measurements.features.equal(features)
+    assert {name: numbers[name] for name in values} == {name: float(value.mean()) for name, value in values.items()}
     assert numbers["common_mode"] == pytest.approx(0.5)
     assert numbers["reward"] == pytest.approx(2 * float(painted()[:, 0].double().mean()) / 255 - 1)
 

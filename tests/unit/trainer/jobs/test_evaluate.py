@@ -112,7 +112,7 @@ def test_a_model_stands_between_the_base_and_the_base_that_is_told_the_word(
         (drawings / f"{index}.txt").write_text(prompt, encoding="utf-8")
     run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     run["evaluation"]["truth"] = {"path": str(drawings)}
-    run["comparison"]["draws_oracle"] = True
+    run["evaluation"]["draws_oracle"] = True
     run_file.write_text(yaml.safe_dump(run), encoding="utf-8")
     assert main([str(run_file), f"same={flux_folder}", str(changed(flux_folder, tmp_path / "other"))]) == 0
     table = (tmp_path / "outputs/tiny/comparison/numbers.json").read_text(encoding="utf-8")
