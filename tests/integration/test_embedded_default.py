@@ -18,16 +18,31 @@ from trainer.evaluation.judges import Judges
 from trainer.model.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_BYTES = 25_000_000
+MAX_BYTES = 60_000_000
 STYLES = ("3D", "Flat", "Noto", "Twemoji")
 PROMPT_FILES = ("train", "validation", "test")
-AIMS = {  # of numbers.json: (minimum, maximum)
-    "vae_psnr_db": (27, math.inf),
+AIMS = {  # of numbers.json: (minimum, maximum); the card names the one that is missed
+    "vae_psnr_db": (33, math.inf),
+    "base_share_3D": (0.35, 0.65),
+    "base_share_Flat": (0.35, 0.65),
+    "base_truth_subject_similarity": (0.95, 1),
+    "told_3D_truth_edge_correlation": (0.95, 1),
+    "told_Flat_truth_edge_correlation": (0.95, 1),
     "reward_orders_3d_flat": (0.93, 1),
-    "judge_style_real": (0.90, 1),
+    "reward_spoiling_pays": (0, 0.10),
     "judge_style_vae": (0.85, 1),
-    "training_subject_top5_of_all": (0.60, 1),
-    "heldout_share_3D": (0.10, 0.40),
+}
+MEASURES = {  # of demo.json: the line of the tables, and digits
+    "truth_l1": ("L1 to the real drawing", 3),
+    "truth_ssim": ("structural similarity to it", 3),
+    "truth_edge_correlation": ("edge correlation with it", 3),
+    "truth_hue_distance": ("hue distance to it", 3),
+    "truth_subject_similarity": ("subject similarity to it", 3),
+    "style_share_3D": ("share judged 3D", 2),
+    "style_share_Flat": ("share judged Flat", 2),
+    "style_share_Spoiled": ("share judged spoiled", 2),
+    "damage": ("damage (alarm above 1)", 2),
+    "diversity_prompts": ("diversity", 2),
 }
 
 
@@ -37,8 +52,8 @@ def run(request: pytest.FixtureRequest) -> RunConfig:
 
 
 def test_weights_stay_small() -> None:
-    files = [each for each in (ROOT / "deploy/tiny").rglob("*.safetensors") if "build" not in each.parts]
-    assert len(files) == 8
+    files = [each for each in (ROOT / "deploy/tiny").rglob("*") if each.is_file() and "build" not in each.parts]
+    assert len([each for each in files if each.suffix == ".safetensors"]) == 8
     assert sum(each.stat().st_size for each in files) <= MAX_BYTES
 
 
@@ -49,22 +64,21 @@ def test_the_model_card_reaches_its_aims(name: str) -> None:
     assert lowest <= numbers[name] <= highest
 
 
+def demo_rows() -> dict[str, str]:
+    """The lines of the tables, by measure: base, aligned and oracle of both runs."""
+    runs = json.loads((ROOT / "deploy/runs/results/demo.json").read_text(encoding="utf-8"))["runs"]
+    columns = [runs[run][policy] for run in ("3D | Flat", "Flat | 3D") for policy in ("base", "aligned", "oracle")]
+    return {
+        name: f"| {' | '.join([title, *(f'{each[name]:.{digits}f}' for each in columns)])} |"
+        for name, (title, digits) in MEASURES.items()
+    }
+
+
 def test_the_tables_have_the_demos_numbers() -> None:
-    demo = json.loads((ROOT / "deploy/runs/results/demo.json").read_text(encoding="utf-8"))
-    columns = [demo["base"], demo["aligned"]["3D | Flat"], demo["aligned"]["Flat | 3D"]]
-    cells = {f"share judged {style}": [f"{each[f'style_share_{style}']:.0%}" for each in columns] for style in STYLES}
-    cells |= {
-        f"Fréchet distance to real {style}": [f"{each[f'frechet_{style}']:.1f}" for each in columns]
-        for style in ("3D", "Flat")
-    }
-    cells["right subject among the 5 nearest of 77"] = [f"{each['subject_top5']:.1%}" for each in columns]
-    rows = {f"| {' | '.join([name, *numbers])} |" for name, numbers in cells.items()}
+    rows = set(demo_rows().values())
     assert rows <= set((ROOT / "deploy/runs/results/README.md").read_text(encoding="utf-8").splitlines())
-    brief = {
-        line
-        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith(tuple(f"| {name} |" for name in cells))
-    }
+    titles = tuple(f"| {title} |" for title, _ in MEASURES.values())
+    brief = {line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(titles)}
     assert brief
     assert brief <= rows
 
@@ -104,7 +118,6 @@ def test_the_trainer_draws_what_the_pipeline_draws_and_judges_measure_it(run: Ru
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert run.evaluation.judge_path is not None
     judges = Judges.load(ROOT / run.evaluation.judge_path, torch.device("cpu"))
-    numbers = judges.numbers((ours * 255).round().to(torch.uint8), prompts, batch=2)
-    assert numbers.keys() == {f"eval/{name}" for name in Judges.metrics(ROOT / run.evaluation.judge_path)}
-    assert numbers.keys() > {f"eval/style_share_{style}" for style in STYLES}
-    assert all(math.isfinite(value) for value in numbers.values())
+    values, features = judges.judge((ours * 255).round().to(torch.uint8), prompts, batch=2)
+    assert values.keys() > {f"style_share_{style}" for style in STYLES}
+    assert features.isfinite().all()

@@ -15,13 +15,14 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from deploy.tiny.recipe import data, flux, judge, measure, reward, vae, views
+from deploy.tiny.recipe import data, flux, judge, measure, reward, subjects, vae, views
 from deploy.tiny.recipe.stages import Stage, run
 
 FOLDER = Path(__file__).parents[1]
 BUILD = FOLDER / "build"
 DATA, VIEWS, VAE = BUILD / "data.safetensors", BUILD / "views.safetensors", FOLDER / "flux/vae"
 JUDGE = FOLDER / "judge"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_THREADS = 1  # `make tiny` runs stages that do not need each other side by side
 
 
@@ -31,46 +32,43 @@ def make_data(out: Path) -> None:
 
 
 def make_vae(out: Path) -> None:
-    vae.train(data.load(DATA), out)
+    vae.train(data.load(DATA), out, BUILD / "vae.pt", DEVICE)
 
 
 def make_views(out: Path) -> None:
-    save_file({"views": views.make_views(data.load(DATA), _vae(), seed=50)}, out)
+    save_file({"views": views.make_views(data.load(DATA), _vae().to(DEVICE), DEVICE)}, out)
 
 
 def make_reward(out: Path) -> None:
-    reward.train(data.load(DATA), _views(), out)
+    reward.train(data.load(DATA), _views(), out, BUILD / "reward.pt")
 
 
 def make_style(out: Path) -> None:
-    judge.train_style(data.load(DATA), _views(), out)
+    judge.train_style(data.load(DATA), _views(), out, BUILD / "style.pt")
 
 
 def make_subject(out: Path) -> None:
-    judge.train_subject(data.load(DATA), _views(), out)
+    judge.train_subject(data.load(DATA), _views(), out, BUILD / "subject.pt")
 
 
 def make_reference(out: Path) -> None:
-    style, subject = measure.load_judges(JUDGE)
-    judge.write_reference(style, subject, data.load(DATA), out)
+    judge.write_reference(*measure.load_judges(JUDGE), data.load(DATA), out)
 
 
 def make_flux(out: Path) -> None:
-    flux.train(data.load(DATA), _vae(), BUILD / "flux.pt", out)
-    (BUILD / "flux.pt").unlink()  # or training anew would go on at its end
+    flux.train(data.load(DATA), _vae(), out, BUILD / "flux.pt", DEVICE)
 
 
 def make_prompts(out: Path) -> None:
-    emoji = data.load(DATA)
-    out.mkdir()
-    training, held_out = (chosen.nonzero().flatten().tolist() for chosen in (~emoji.heldout, emoji.heldout))
-    for name, subjects in (("train", training), ("validation", held_out[::2]), ("test", held_out[1::2])):
-        labels = [emoji.labels[subject] for subject in subjects]
-        (out / f"{name}.txt").write_text("\n".join(labels) + "\n", encoding="utf-8")
+    subjects.write_prompts(data.load(DATA), out)
+
+
+def make_truth(out: Path) -> None:
+    subjects.write_drawings(data.load(DATA), out)
 
 
 def make_measure(_: Path) -> None:
-    print(json.dumps(measure.measure(data.load(DATA), _views(), FOLDER), indent=1))
+    print(json.dumps(measure.measure(data.load(DATA), _views().cpu(), FOLDER), indent=1))
 
 
 STAGES = {
@@ -83,6 +81,7 @@ STAGES = {
     "reference": Stage(make_reference, JUDGE / "reference.safetensors"),
     "flux": Stage(make_flux, FOLDER / "flux"),
     "prompts": Stage(make_prompts, FOLDER / "prompts"),
+    "truth": Stage(make_truth, FOLDER / "truth"),
     "measure": Stage(make_measure),
 }
 
@@ -93,6 +92,7 @@ def main(names: list[str]) -> None:
         raise SystemExit(f"unknown stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
     torch.set_num_threads(NUM_THREADS)
     torch.backends.cuda.enable_flash_sdp(False)  # the CPU's one takes three times as long in bfloat16 on few tokens
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on this model (PyTorch 2.11, H200)
     try:
         run({name: STAGES[name] for name in names or STAGES}, BUILD)
     except data.RecipeError as error:
@@ -106,7 +106,7 @@ def _vae() -> AutoencoderKL:
 
 
 def _views() -> torch.Tensor:
-    return load_file(VIEWS)["views"]
+    return load_file(VIEWS, device=str(DEVICE))["views"]
 
 
 if __name__ == "__main__":

@@ -1,112 +1,111 @@
-"""Pictures -> two judges, for evaluation only: a style classifier and a subject embedder, both small ResNets.
+"""Train two judges, for evaluation only: a style classifier with a class for spoiled pictures, and a subject embedder.
 
-They share only the drawings with the reward: architecture, loss and seed differ, and they read no text. Beside them,
-`reference.safetensors` holds for each style the mean and covariance of the classifier's features over the held-out
-drawings, and the embedding of every subject.
+Both are small ResNets. They share only the drawings with the reward: architecture, loss and seed differ, and they read
+no text. Beside them, `reference.safetensors` holds for each style the mean and covariance of the classifier's features
+over the held-out drawings, and the embedding of every subject.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import cross_entropy, normalize
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 
+from deploy.tiny.recipe import augment
 from deploy.tiny.recipe.data import SIZE_PX, STYLES, Emoji, to_float
-from deploy.tiny.recipe.views import FLIP, sample_views
+from deploy.tiny.recipe.fit import Settings, Step, fit
+from deploy.tiny.recipe.subjects import choose, classifiable
+from deploy.tiny.recipe.views import look_up
 
-STYLE_STEPS, SUBJECT_STEPS, BATCH, LEARNING_RATE, EMA_DECAY, TEMPERATURE = 4500, 3500, 64, 2e-3, 0.995, 0.07
-STYLE_VIEW_SHARES = (0.45, 0.35, 0.15, 0.05)
-STYLE_NET = {
-    "image_size": SIZE_PX,
-    "embedding_size": 32,
-    "hidden_sizes": [32, 64, 128, 64],
-    "depths": [2, 2, 2, 1],
-    "layer_type": "basic",
-}
-SUBJECT_NET = {
-    "image_size": SIZE_PX,
-    "embedding_size": 32,
-    "hidden_sizes": [32, 64, 96, 128],
-    "depths": [1, 1, 1, 1],
-    "layer_type": "basic",
-}
+STYLE = Settings(seed=30, num_steps=5000, learning_rate=2e-3, ema_decay=0.995, weight_decay=0.05)
+SUBJECT = Settings(seed=31, num_steps=5000, learning_rate=2e-3, ema_decay=0.995, weight_decay=0.05)
+STYLE_SUBJECTS, NUM_SPOILED = 20, 8  # of a batch: the rarer spoiled pictures are, the fewer good ones pass for them
+SUBJECT_BATCH, TEMPERATURE = 64, 0.07
+# A strongly disturbed latent is no clean picture of a style, and no spoiled one either: the style judge sees none.
+STYLE_VIEWS, SUBJECT_VIEWS = (0.4, 0.4, 0.2, 0.0), (0.3, 0.4, 0.2, 0.1)
+CLASSES = (*STYLES, "Spoiled")
+SPOILED = len(STYLES)
+NET = {"image_size": SIZE_PX, "layer_type": "basic"}
+STYLE_NET = {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 64], "depths": [2, 2, 2, 1]}
+SUBJECT_NET = {"embedding_size": 32, "hidden_sizes": [32, 64, 96, 128], "depths": [1, 1, 1, 1]}
 
 
-def train_style(emoji: Emoji, views: Tensor, out: Path) -> None:
+def train_style(emoji: Emoji, views: Tensor, out: Path, checkpoint: Path) -> None:
     """Train the classifier from scratch and save it to `out`."""
-    torch.manual_seed(30)
-    names = dict(enumerate(STYLES))
-    config = ResNetConfig(**STYLE_NET, id2label=names, label2id={name: index for index, name in names.items()})
+    torch.manual_seed(STYLE.seed)
+    names = dict(enumerate(CLASSES))
+    config = ResNetConfig(**NET, **STYLE_NET, id2label=names, label2id={name: index for index, name in names.items()})
+    training, device = classifiable(emoji, choose(emoji)).to(views.device), views.device
 
-    def loss(net: Module, subjects: Tensor) -> Tensor:
-        styles = torch.arange(len(STYLES)).repeat(BATCH // len(STYLES))
-        subjects = subjects[: BATCH // len(STYLES)].repeat_interleave(len(STYLES))
-        pictures = sample_views(views, subjects, styles, STYLE_VIEW_SHARES, FLIP)  # more jitter: a worse judge
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = net(_paste(pictures, pictures.roll(len(STYLES), dims=0))).logits
-        return cross_entropy(logits.float(), styles, label_smoothing=0.05)
+    def loss(net: Any, _: Any, step: Step) -> Tensor:
+        subjects = training[torch.randperm(len(training), device=device)[:STYLE_SUBJECTS]]
+        styles = torch.arange(len(STYLES), device=device).repeat(len(subjects))
+        pictures = augment.flip(look_up(views, subjects.repeat_interleave(len(STYLES)), styles, STYLE_VIEWS))
+        pictures = augment.paste(pictures, pictures.roll(len(STYLES), dims=0), 0.5)
+        spoiled = augment.spoil(pictures[torch.randperm(len(pictures), device=device)[:NUM_SPOILED]])
+        target = torch.cat([styles, torch.full((len(spoiled),), SPOILED, device=device)])
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = net(torch.cat([pictures, spoiled])).logits
+        return cross_entropy(logits.float(), target, label_smoothing=0.05)
 
-    _fit("style", ResNetForImageClassification(config), loss, emoji, STYLE_STEPS).half().save_pretrained(out)
-
-
-def _paste(pictures: Tensor, others: Tensor) -> Tensor:
-    """Paste into half of the pictures a box of another picture of the same style, which both parts then share.
-
-    This is CutMix (Yun et al., arXiv 1905.04899) with one label.
-    """
-    pasted = pictures.clone()
-    for index in (torch.rand(len(pictures)) < 0.5).nonzero().flatten():
-        height, width = torch.randint(SIZE_PX // 4, SIZE_PX * 3 // 4 + 1, (2,)).tolist()
-        top, left = (int(torch.randint(SIZE_PX - side + 1, ())) for side in (height, width))
-        box = (index, slice(None), slice(top, top + height), slice(left, left + width))
-        pasted[box] = others[box]
-    return pasted
+    net = fit("style", ResNetForImageClassification(config).to(device), loss, STYLE, checkpoint)
+    net.cpu().half().save_pretrained(out)
 
 
-def train_subject(emoji: Emoji, views: Tensor, out: Path) -> None:
-    """Train the embedder from scratch and save it to `out`."""
-    torch.manual_seed(31)
+def train_subject(emoji: Emoji, views: Tensor, out: Path, checkpoint: Path) -> None:
+    """Train the embedder to find a subject in another style, and save it to `out`."""
+    torch.manual_seed(SUBJECT.seed)
+    training, device = classifiable(emoji, choose(emoji)).to(views.device), views.device
 
-    def loss(net: Module, subjects: Tensor) -> Tensor:
-        styles = torch.stack([torch.randperm(len(STYLES))[:2] for _ in subjects], dim=1)
-        one, other = (embed(net, sample_views(views, subjects, styles[side])) for side in (0, 1))
-        target = torch.arange(len(subjects))
-        logits = one @ other.T / TEMPERATURE
+    def loss(net: Any, _: Any, step: Step) -> Tensor:
+        subjects = training[torch.randperm(len(training), device=device)[:SUBJECT_BATCH]]
+        styles = torch.rand(len(subjects), len(STYLES), device=device).argsort(dim=1)[:, :2]
+        one, other = (
+            embed(net, augment.jitter(look_up(views, subjects, styles[:, side], SUBJECT_VIEWS))) for side in (0, 1)
+        )
+        logits, target = one @ other.T / TEMPERATURE, torch.arange(len(subjects), device=device)
         return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
-    _fit("subject", ResNetModel(ResNetConfig(**SUBJECT_NET)), loss, emoji, SUBJECT_STEPS).half().save_pretrained(out)
+    net = fit("subject", ResNetModel(ResNetConfig(**NET, **SUBJECT_NET)).to(device), loss, SUBJECT, checkpoint)
+    net.cpu().half().save_pretrained(out)
 
 
 @torch.no_grad()
-def measure(style: Module, subject: Module, emoji: Emoji, views: Tensor) -> dict[str, float]:
-    """Measure held-out accuracy over the four styles, as drawn and through the VAE, and retrieval of Flat by 3D."""
-    pictures = views[emoji.heldout]
+def measure(style: Any, subject: Any, emoji: Emoji, views: Tensor) -> dict[str, float]:
+    """Measure on held-out subjects: styles told apart as drawn and through the VAE, spoils seen, subjects found.
+
+    style_clean_called_spoiled: how often the classifier calls a good picture spoiled.
+    """
+    torch.manual_seed(0)
+    pictures = views[choose(emoji).held_out]
     truth = torch.arange(len(STYLES)).expand(len(pictures), -1)
-    share = {
-        name: float((_logits(style, pictures[:, :, view]) == truth).float().mean())
-        for name, view in (("style_real", 0), ("style_vae", 1))
-    }
+    seen = {name: _styles(style, pictures[:, :, view]) for name, view in (("real", 0), ("vae", 1))}
+    numbers = {f"style_{name}": float((found == truth).double().mean()) for name, found in seen.items()}
+    fluent = to_float(pictures[:, :2, 1].flatten(0, 1))
+    spoiled = torch.cat([style(augment.spoil(fluent)).logits.argmax(dim=-1) for _ in range(4)])
     solid, flat = (embed(subject, to_float(pictures[:, STYLES.index(name), 1])) for name in ("3D", "Flat"))
-    found = ((solid @ flat.T).topk(5).indices == torch.arange(len(solid))[:, None]).any(-1)
-    return {name: round(value, 4) for name, value in (share | {"subject_top5": float(found.float().mean())}).items()}
+    found = ((solid @ flat.T).argmax(dim=1) == torch.arange(len(solid))).double()
+    return numbers | {
+        "style_clean_called_spoiled": float((seen["vae"] == SPOILED).double().mean()),
+        "style_spoiled_seen": float((spoiled == SPOILED).double().mean()),
+        "subject_top1": float(found.mean()),
+    }
 
 
 @torch.no_grad()
 def write_reference(style: Any, subject: Any, emoji: Emoji, out: Path) -> None:
     """Write reference.safetensors, with float32 judges in eval mode."""
     tensors: dict[str, Tensor] = {}
+    held_out = choose(emoji).held_out
     for index, name in enumerate(STYLES):
-        features = style.resnet(to_float(emoji.images[emoji.heldout, index])).pooler_output.flatten(1).double()
+        features = style.resnet(to_float(emoji.images[held_out, index])).pooler_output.flatten(1).double()
         tensors[f"style.{name}.mean"] = features.mean(0)
         tensors[f"style.{name}.covariance"] = features.T.cov()
     embeddings = torch.stack([_embed_all(subject, emoji.images[:, index]) for index in range(len(STYLES))])
@@ -114,35 +113,14 @@ def write_reference(style: Any, subject: Any, emoji: Emoji, out: Path) -> None:
     save_file(tensors, out, metadata={"subjects": json.dumps(emoji.labels)})
 
 
-def reference_embeddings(path: Path) -> Tensor:
-    return load_file(path)["subject.embeddings"].float()
-
-
-def _fit(name: str, net: Module, loss_of: Callable[[Module, Tensor], Tensor], emoji: Emoji, num_steps: int) -> Any:
-    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY), use_buffers=True)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, num_steps, pct_start=0.05)
-    training = (~emoji.heldout).nonzero().flatten()
-    started = time.monotonic()
-    for step in range(num_steps):
-        loss = loss_of(net, training[torch.randperm(len(training))[:BATCH]])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        ema.update_parameters(net)
-        if step % 250 == 0:
-            print(f"judge {name} {step}/{num_steps} loss {loss:.3f} {time.monotonic() - started:.0f} s", flush=True)
-    return ema.module.eval()
-
-
-def _logits(style: Module, pictures: Tensor) -> Tensor:
-    """Classify (subjects, styles, 3, 64, 64) uint8: the index of the style, (subjects, styles)."""
-    return style(to_float(pictures.flatten(0, 1))).logits.argmax(-1).unflatten(0, pictures.shape[:2])
-
-
 def embed(subject: Module, images: Tensor) -> Tensor:
+    """Return unit vectors (batch, 128) of images (batch, 3, 64, 64) in [-1, 1]."""
     return normalize(subject(images).pooler_output.flatten(1), dim=-1)
+
+
+def _styles(style: Module, pictures: Tensor) -> Tensor:
+    """Classify (subjects, styles, 3, 64, 64) uint8: the index of the class, (subjects, styles)."""
+    return style(to_float(pictures.flatten(0, 1))).logits.argmax(-1).unflatten(0, pictures.shape[:2])
 
 
 def _embed_all(subject: Module, pictures: Tensor) -> Tensor:
