@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-steer bench-reward bench-method up down fmt keys manifests check test conflicting ci reference tiny clean
+.PHONY: help setup demo demo-steer seeds attack alarms bench-reward bench-method up down fmt keys manifests check test conflicting ci reference tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -61,8 +61,17 @@ ci: check test  ## what CI runs
 reference: setup  ## FILES="…": our numbers beside the published algorithm's (files as in ../shared/reference)
 	OMP_NUM_THREADS=1 .venv/bin/python -m deploy.reference $(FILES)
 
-tiny: setup  ## train the embedded default from scratch (hours, resumable stage by stage; needs npm)
-	$(TINY) data vae views prompts
+attack: setup  ## climb the reward on purpose: how much of the gain do others confirm? (about 8 minutes)
+	.venv/bin/python -m deploy.attack
+
+alarms: setup  ## find the guard's thresholds of damage, and test them on unseen kinds of it (about 5 minutes)
+	.venv/bin/python -m deploy.alarms
+
+seeds: setup  ## the demo's two runs with three seeds, compared with base and oracle (about 30 minutes, resumable)
+	.venv/bin/python -m deploy.seeds
+
+tiny: setup  ## train the embedded default from scratch (hours on a CPU, resumable; needs npm)
+	$(TINY) data vae views prompts truth
 	@$(TINY) flux & flux=$$!; $(TINY) reward style subject reference & others=$$!; \
 	trap 'kill $$flux $$others' INT TERM HUP; wait $$others; code=$$?; wait $$flux && exit $$code  # one thread each
 	$(TINY) measure

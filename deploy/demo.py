@@ -1,8 +1,8 @@
 """`make demo`: align the embedded model in two opposite directions and compare the results with the base model.
 
-It starts the services, runs two Ray jobs one after the other (3D | Flat and, otherwise the same, Flat | 3D), prints a
-table by judges that gave no gradient, and writes outputs/demo/summary.json with pictures beside it. It always stops
-what it started.
+It starts the services, runs two Ray jobs one after the other (3D | Flat and, otherwise the same, Flat | 3D), compares
+the pictures with real drawings and by judges that gave no gradient, and writes outputs/demo/summary.json with pictures
+beside it. It always stops what it started.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ from services.config.run import ConfigError, RunConfig, load_run_config
 
 RUNS = ROOT / "deploy" / "runs"
 FORWARD, REVERSED = RUNS / "tiny_srpo.yaml", RUNS / "tiny_srpo_reversed.yaml"
-_REWARD = "eval/reward"
+_GAPS = {
+    "l1": "distance of pixels",
+    "ssim": "structural similarity",
+    "edge_correlation": "edges",
+    "hue_distance": "hue",
+}
+_SHOWN = ("truth_", "gap_closed_", "style_share_", "frechet_", "subject_", "diversity_", "base_edge_correlation")
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "deepspeed", "mlflow")
 
 
@@ -112,14 +118,13 @@ def at_our_services(where: Settings, run_file: Path) -> Path:
 
 
 def summarize(outcomes: Sequence[Outcome], seconds_up: dict[str, float], seconds_total: float) -> dict[str, Any]:
-    """Return every number of the table, seconds by phase, versions, and the machine's cores."""
+    """Return every number of the tables, seconds by phase, versions, and the machine's cores."""
     seconds = {each.config.name: {"total": each.seconds, **each.evaluation["seconds"]} for each in outcomes}
     return {
         "num_images": outcomes[0].evaluation["num_images"],
-        "base": _judged(outcomes[0].evaluation["base"]),
-        "aligned": {each.label: _judged(each.evaluation["aligned"]) for each in outcomes},
-        "rewards": {each.label: [each.evaluation[when][_REWARD] for when in ("base", "aligned")] for each in outcomes},
-        "claims": [asdict(claim) for each in outcomes for claim in claims(each, is_main=each is outcomes[0])],
+        "runs": {each.label: _numbers(each.evaluation) for each in outcomes},
+        "guards": {each.label: each.evaluation["guard"] for each in outcomes},
+        "claims": [asdict(claim) for each in outcomes for claim in claims(each)],
         "seconds": {"services": seconds_up, **seconds, "total": seconds_total},
         "mlflow_runs": {each.label: each.url for each in outcomes},
         "versions": {name: version(name) for name in _LIBRARIES} | {"python": platform.python_version()},
@@ -127,24 +132,31 @@ def summarize(outcomes: Sequence[Outcome], seconds_up: dict[str, float], seconds
     }
 
 
-def _judged(numbers: dict[str, float]) -> dict[str, float]:
-    """Return the numbers that can be compared between trainings; rewards cannot, since each run has another pair."""
-    return {name.removeprefix("eval/"): value for name, value in numbers.items() if name != _REWARD}
+def _numbers(evaluation: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the numbers of base, aligned model and, if it was drawn, oracle."""
+    policies = [name for name in ("base", "aligned", "oracle") if name in evaluation]
+    return {name: {key.removeprefix("eval/"): value for key, value in evaluation[name].items()} for name in policies}
 
 
-def claims(outcome: Outcome, *, is_main: bool) -> list[Claim]:
-    """Check what the demo promises (deploy/runs/results/README.md) by the judges' numbers on held-out prompts."""
-    wanted = outcome.config.control_words.positive
-    base, aligned = outcome.evaluation["base"], outcome.evaluation["aligned"]
-    share, frechet, subject = f"eval/style_share_{wanted}", f"eval/frechet_{wanted}", "eval/subject_top5"
-    checks = {"subject found at least nine tenths as often as before": aligned[subject] >= 0.9 * base[subject]}
-    if is_main:
-        checks[f"share of {wanted} at least doubled"] = aligned[share] >= 2 * base[share]
-        checks[f"share of {wanted} at least 60 %"] = aligned[share] >= 0.6
-        checks[f"distance to real {wanted} at least halved"] = aligned[frechet] <= base[frechet] / 2
-    else:
-        checks[f"share of {wanted} raised"] = aligned[share] > base[share]
-        checks[f"distance to real {wanted} not increased"] = aligned[frechet] <= base[frechet]
+def claims(outcome: Outcome) -> list[Claim]:
+    """Check what the demo promises, the same in both directions, on subjects that the training has not seen.
+
+    Most of it compares each picture with the real drawing of its subject in the wanted style: gap_closed is 0 for the
+    base model and 1 for the base model that is told the style.
+    """
+    numbers, wanted = _numbers(outcome.evaluation), outcome.config.control_words.positive
+    base, aligned, oracle = (numbers[name] for name in ("base", "aligned", "oracle"))
+    share, subject, diversity = f"style_share_{wanted}", "truth_subject_similarity", "diversity_prompts"
+    checks = {
+        f"half of the gap closed in {text}": aligned.get(f"gap_closed_{name}", 0.0) >= 0.5
+        for name, text in _GAPS.items()
+    }
+    checks |= {
+        "subjects as close to their real drawings as before": aligned[subject] >= base[subject],
+        "diversity at least 80 % of the oracle's": aligned[diversity] >= 0.8 * oracle[diversity],
+        f"share of {wanted} raised": aligned[share] > base[share],
+        "no alarm of the guard": outcome.evaluation["guard"]["stopped_by"] is None,
+    }
     return [Claim(outcome.label, text, is_met) for text, is_met in checks.items()]
 
 
@@ -158,12 +170,14 @@ def write(summary: dict[str, Any], outcomes: Sequence[Outcome], out_dir: Path) -
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Return the table: a line for each number, a column for each model, then the claims."""
-    columns = {"base": summary["base"], **summary["aligned"]}
-    lines = [f"{summary['num_images']} held-out images", f"{'':20}" + "".join(f"{label:>12}" for label in columns)]
-    for name in summary["base"]:
-        lines.append(f"{name:20}" + "".join(f"{numbers[name]:12.3f}" for numbers in columns.values()))
-    lines += [f"reward {label:13}{base:12.3f} → {aligned:.3f}" for label, (base, aligned) in summary["rewards"].items()]
+    """Return a table for each run, a line for each number and a column for each model, and then the claims."""
+    lines = []
+    for label, policies in summary["runs"].items():
+        lines += ["", f"{label + ':':26}" + "".join(f"{name:>10}" for name in policies)]
+        for name in [name for name in policies["aligned"] if name.startswith(_SHOWN)]:
+            cells = (f"{numbers[name]:10.3f}" if name in numbers else f"{'':10}" for numbers in policies.values())
+            lines.append(f"{name:26}{''.join(cells)}")
+    lines += ["", f"{summary['num_images']} pictures of subjects that no training saw; gap_closed: base 0, oracle 1"]
     lines += [f"{'met' if each['is_met'] else 'MISSED':8}{each['run']}: {each['text']}" for each in summary["claims"]]
     return "\n".join(lines)
 

@@ -28,6 +28,7 @@ from deploy.bench_method.plan import (
     Plan,
     Task,
     ablation_task,
+    base_of,
     base_task,
     default_task,
     final_task,
@@ -78,8 +79,8 @@ class Bench:
 
     def hack(self) -> None:
         plan = self.plan
-        tasks = [base_task(plan, plan.validation_path, seed) for seed in plan.seeds]
-        self._run("hack", tasks + [hacking_task(plan, seed) for seed in plan.seeds])
+        tasks = [hacking_task(plan, seed) for seed in plan.seeds]
+        self._run("hack", [*(base_of(plan, task) for task in tasks), *tasks])
 
     def report(self) -> None:
         """Write tables, numbers and pictures from the finished runs; rows without runs say so."""
@@ -98,10 +99,14 @@ class Bench:
         seeds, rate = plan.ablation_seeds, self.learning_rate(plan.ablated)
         ablations = [Row.of("base", None, [self.result(base_task(plan, validation, seed)) for seed in seeds])]
         ablations += [
-            Row.of(each.name, rate, [self.result(ablation_task(plan, each, rate, seed)) for seed in seeds])
+            Row.of(
+                each.name,
+                (each.learning_rates or (rate,))[0],
+                [self.result(ablation_task(plan, each, rate, seed)) for seed in seeds],
+            )
             for each in plan.ablations
         ]
-        published = next(row for row in methods if row.label == plan.ablated)
+        published = next(row for row in methods if row.label == plan.published)
         default = Row.of("default", None, [self.result(default_task(plan, seed)) for seed in plan.seeds])
         runs = [self.result(hacking_task(plan, seed)) for seed in plan.seeds]
         hacking = Row.of(plan.hacking.name, plan.hacking.learning_rates[0], runs)
@@ -119,10 +124,10 @@ class Bench:
         plan = self.plan
         hacking = []
         for seed in plan.seeds:
-            base, run = self.result(base_task(plan, plan.validation_path, seed)), self.result(hacking_task(plan, seed))
-            if base is None or run is None:
+            run = self.result(hacking_task(plan, seed))
+            if run is None or run.base is None:
                 return "Not run."
-            hacking.append((base, run))
+            hacking.append((run.base, run))
         bases = {each.seed: each for each in methods[0].results}
         healthy = [(bases[each.seed], each) for row in methods[1:] for each in row.results if each.seed in bases]
         return guards_text(hacking, healthy, plan)
@@ -130,15 +135,14 @@ class Bench:
     def learning_rate(self, method: str) -> float:
         """Return the best learning rate of the sweep. Raise BenchError if a run of it is missing."""
         plan, variant = self.plan, self.plan.method(method)
-        base = self.result(base_task(plan, plan.validation_path, plan.sweep_seed))
         tasks = [sweep_task(plan, variant, rate) for rate in plan.learning_rates_of(variant)]
         swept = [self.result(task) for task in tasks]
-        if base is None or None in swept:
+        if None in swept:
             raise BenchError(f"the sweep of {method} is not complete: run the stage sweep first")
-        return best_learning_rate(base, [each for each in swept if each is not None])
+        return best_learning_rate([each for each in swept if each is not None])
 
     def result(self, task: Task) -> Result | None:
-        """Return the task's result, or None if the task as it is now has not been run."""
+        """Return the task's result beside its base's, or None if the task as it is now, or its base's, was not run."""
         file = self.out / f"{task.name}.json"
         if not file.is_file():
             return None
@@ -147,7 +151,10 @@ class Bench:
             is_same = Task.model_validate(found["task"]) == task  # keys that are newer than the run have their defaults
         except ValidationError:
             is_same = False
-        return Result(found) if is_same else None
+        if not is_same or task.config.evaluation.draws_oracle:  # a base's own task
+            return Result(found) if is_same else None
+        base = self.result(base_of(self.plan, task))
+        return base and Result(found, base)
 
     def _run(self, stage: str, tasks: Iterable[Task]) -> None:
         missing = [task for task in tasks if self.result(task) is None]

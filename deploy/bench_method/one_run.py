@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,14 @@ from trainer.algorithm.methods import make_learner, num_backwards
 from trainer.algorithm.step_metrics import StepMetrics, progress_line
 from trainer.data.batches import open_batches
 from trainer.data.conditioning import encode_ahead
+from trainer.data.run_prompts import told_prompts
 from trainer.evaluation.drawing import PictureSet, evaluation_pictures
 from trainer.evaluation.judges import Judges
 from trainer.evaluation.measurements import Measurer
-from trainer.evaluation.similarities import similarities
+from trainer.evaluation.real_pictures import truth_of
+from trainer.evaluation.similarities import measures_of, reward_metrics
 from trainer.model.engine import Engine, init_distributed
+from trainer.model.lora import add_adapter
 from trainer.model.policy import Policy
 
 _REWARD_PATH = ROOT / "deploy" / "tiny" / "reward"
@@ -67,21 +70,23 @@ class Run:
     def __init__(self, task: Task) -> None:
         config = task.config
         self.task, self.cpu_s, self.num_steps = task, 0.0, 0
-        self._numbers, self._seconds = StepMetrics(), StepMetrics()
         self._device = init_distributed(use_gpu=False)
         self._reward = InProcess([reward.name for reward in config.rewards])
         self._policy = Policy.load(config.model.path, torch.float32)
+        if config.finetune.kind == "lora":
+            add_adapter(self._policy.transformer, config.finetune, config.seed)
         self._engine = Engine.create(
             self._policy.transformer, config.optimizer, config.engine, num_backwards(config), torch.float32
         )
         self._pictures = self._held_out()
-        prompts = [*(each.prompt for each in open_batches(config).located), *self._pictures.prompts]
+        prompts = [*(each.prompt for each in open_batches(config).located), *self.prompts]
         self._encode = encode_ahead(self._policy, prompts, config.model.max_sequence_length)
         self._learner = make_learner(config, self._engine, self._policy, self._reward, self._encode)
         self._judges = self._load_judges()
-        reward = partial(similarities, self._reward, config, config.rewards[0].name)
-        self._measurer = Measurer({"reward": reward}, self._judges, None, config.evaluation.num_images_per_prompt)
-        self._base = self._measurer.measure(self._draw(), self._pictures.prompts)
+        rewards = measures_of(self._reward, config, reward_metrics(config))
+        truth, repeats = truth_of(config, set(self.prompts)), config.evaluation.num_images_per_prompt
+        self._measurer = Measurer(rewards, self._judges, None, repeats, truth)
+        self._base = self._measurer.measure(self.draw(), self.prompts)
 
     def train_until(self, cpu_s: float) -> None:
         """Take optimizer steps until they have used so many CPU-seconds. Raise ValueError if a loss is not finite."""
@@ -102,14 +107,27 @@ class Run:
 
     def judge(self) -> tuple[dict[str, float], torch.Tensor]:
         """Return the numbers of the policy as it is, and its pictures (num_images, 3, height, width) uint8."""
-        config, images = self.task.config, self._draw()
-        numbers = self._measurer.summarize(self._measurer.measure(images, self._pictures.prompts, self._base))
-        wanted, batch = config.control_words.positive, config.evaluation.batch
-        log_probability = self._judges.style_log_probability(images, wanted, batch)
-        return numbers | {"judge_log_probability": float(log_probability.double().mean())}, images
+        images = self.draw()
+        return self._numbers(images), images
 
-    def _draw(self) -> torch.Tensor:
-        return self._pictures.draw_alone(self._policy, self._encode)
+    def judge_oracle(self) -> dict[str, float]:
+        """Return the numbers of the policy's pictures of the prompts under the positive control word."""
+        return self._numbers(self.draw(told_prompts(self.task.config, self.prompts)))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return the held-out prompt of each picture."""
+        return self._pictures.prompts
+
+    def draw(self, prompts: tuple[str, ...] | None = None) -> torch.Tensor:
+        """Draw the held-out prompts, or others from the same noise: (num_images, 3, height, width) uint8."""
+        if prompts is None:
+            return self._pictures.draw_alone(self._policy, self._encode)
+        encode = encode_ahead(self._policy, prompts, self.task.config.model.max_sequence_length)
+        return replace(self._pictures, prompts=prompts).draw_alone(self._policy, encode)
+
+    def _numbers(self, images: torch.Tensor) -> dict[str, float]:
+        return self._measurer.summarize(self._measurer.measure(images, self.prompts, self._base))
 
     def _held_out(self) -> PictureSet:
         model = self.task.config.model
@@ -127,6 +145,7 @@ def run_task(task: Task, out: Path) -> dict[str, Any]:
     """Train and judge; of a run that fails, keep the error and the checks before it."""
     run = Run(task)
     checks: list[dict[str, Any]] = []
+    oracle = run.judge_oracle() if task.config.evaluation.draws_oracle else None
     error = None
     for cpu_s in task.checks_at_cpu_s:
         try:
@@ -137,7 +156,7 @@ def run_task(task: Task, out: Path) -> dict[str, Any]:
             break
         checks.append({"cpu_s": run.cpu_s, "num_steps": run.num_steps, "numbers": numbers})
         save_file({"images": images}, out / f"{task.name}.safetensors")
-    return {"task": json.loads(task.model_dump_json()), "checks": checks, "error": error}
+    return {"task": json.loads(task.model_dump_json()), "checks": checks, "oracle": oracle, "error": error}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -40,6 +40,7 @@ class Plan(Frozen):
     seeds: Annotated[tuple[int, ...], Field(min_length=2)]  # fewer have no standard error
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     methods: Annotated[tuple[Variant, ...], Field(min_length=1)]
+    published: Word
     ablated: Word
     ablation_seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     ablations: tuple[Variant, ...]
@@ -70,10 +71,26 @@ def load_plan(path: Path) -> Plan:
     return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def base_task(plan: Plan, prompts_path: Path, seed: int) -> Task:
-    """Return the task that judges the untrained model."""
-    name = f"base-{prompts_path.stem}-{seed}"
-    return Task(name=name, config=_config(plan, {}, prompts_path, seed, None, name), checks_at_cpu_s=(0.0,))
+def base_task(plan: Plan, prompts_path: Path, seed: int, changes: Mapping[str, Any] | None = None) -> Task:
+    """Return the task that judges the untrained model, and the oracle: the same model told the positive word.
+
+    Of `changes`, the control words and the real pictures count.
+    """
+    wanted = {key: value for key, value in (changes or {}).items() if key in ("control_words", "evaluation")}
+    word = wanted.get("control_words", {}).get("positive", "")
+    name = "-".join(filter(None, ["base", prompts_path.stem, word, str(seed)]))
+    config = _config(plan, merged(wanted, {"evaluation": {"draws_oracle": True}}), prompts_path, seed, None, name)
+    return Task(name=name, config=config, checks_at_cpu_s=(0.0,))
+
+
+def base_of(plan: Plan, task: Task) -> Task:
+    """Return the task of the base that a run is compared with: of its prompts, seed, words and real pictures."""
+    evaluation, seed = task.config.evaluation, task.config.seed
+    assert isinstance(evaluation.prompts_path, Path)
+    own = base_task(plan, evaluation.prompts_path, seed)
+    if own.config.control_words == task.config.control_words:
+        return own
+    return base_task(plan, evaluation.prompts_path, seed, plan.hacking.changes)
 
 
 def sweep_task(plan: Plan, method: Variant, learning_rate: float) -> Task:
@@ -89,7 +106,8 @@ def final_task(plan: Plan, method: Variant, learning_rate: float, seed: int) -> 
 
 
 def ablation_task(plan: Plan, ablation: Variant, learning_rate: float, seed: int) -> Task:
-    """Return the task of an ablation: its changes on top of its method's."""
+    """Return the task of an ablation: its changes on top of its method's, at that one's rate or its own."""
+    (learning_rate,) = ablation.learning_rates or (learning_rate,)
     name = f"ablation-{_slug(ablation.name)}-{seed}"
     changes = merged(plan.method(plan.ablated).changes, ablation.changes)
     config = _config(plan, changes, plan.validation_path, seed, learning_rate, name)
@@ -141,6 +159,7 @@ def _config(
 ) -> RunConfig:
     file = ROOT / (base or plan.base)
     tree = merged(yaml.safe_load(file.read_text(encoding="utf-8")), _IN_ONE_PROCESS)
+    tree = merged(tree, {"evaluation": {"draws_oracle": False}})  # the base's task has it for all
     tree = merged(tree, changes)
     num_images = plan.test_images_per_prompt if prompts_path == plan.test_path else 1
     evaluation = {"prompts_path": str(prompts_path), "num_images_per_prompt": num_images}

@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deploy.bench_method.plan import Plan
-from deploy.bench_method.results import FIDELITY, LATTICE, Estimate, Result, Row, broken_rules, is_in_time
+from deploy.bench_method.results import Estimate, Result, Row, broken_rules, is_in_time
 from deploy.settings import ROOT
 from services.config.evaluation import StopRuleConfig
 
@@ -26,6 +27,12 @@ _RESULTS = ROOT / "deploy" / "runs" / "results"
 _TABLES, _LOG = _RESULTS / "README.md", ROOT / "deploy" / "runs" / "LOG.md"
 _LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed")
 _NUM_PICTURES, _LABEL_PX = 10, 250
+_GAP_TITLES = {
+    "gap_closed_l1": "gap closed: L1",
+    "gap_closed_ssim": "SSIM",
+    "gap_closed_edge_correlation": "edges",
+    "gap_closed_hue_distance": "hue",
+}
 
 
 def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], texts: Mapping[str, str], folder: Path) -> None:
@@ -41,11 +48,9 @@ def write_report(plan: Plan, stages: Mapping[str, Sequence[Row]], texts: Mapping
         **{stage: [_as_json(row) for row in rows] for stage, rows in stages.items()},
     }
     (_RESULTS / "method.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    table = table_of(methods)
-    for file in (_TABLES, _LOG):
-        between(file, "bench-method", table)
-        for what, text in texts.items():
-            between(file, f"bench-method-{what}", text)
+    between(_TABLES, "bench-method", table_of(methods))
+    for what, text in texts.items():
+        between(_TABLES, f"bench-method-{what}", text)
     between(_LOG, "bench-method-sweep", table_of(sweep))
     between(_LOG, "bench-method-ablations", table_of([row for row in stages["ablations"] if row.results]))
     strips = [(row.label, row.results[0]) for row in methods if row.results]
@@ -65,27 +70,17 @@ def between(file: Path, marker: str, text: str) -> None:
 
 
 def table_of(rows: Sequence[Row]) -> str:
-    """Return the table as Markdown, with columns of the early check if trained rows have one."""
+    """Return the table as Markdown."""
     wanted = next(row.results[0].wanted for row in rows if row.results)
-    share = f"style_share_{wanted}"
-    is_early = any(len(row.results[0].found["checks"]) > 1 for row in rows if row.results)
-    columns = {
-        "steps": lambda row: row.estimate("num_steps").as_text(),
-        wanted: lambda row: row.estimate(share).as_text(percent=True),
-        f"{wanted} at a third": lambda row: row.estimate(share, 0).as_text(percent=True),
-        "reward": lambda row: row.estimate("reward").as_text(digits=3),
-        f"judge's log p({wanted})": lambda row: row.estimate("judge_log_probability").as_text(digits=2),
-        "subject in top 5": lambda row: row.estimate(FIDELITY).as_text(percent=True),
-        "subject at a third": lambda row: row.estimate(FIDELITY, 0).as_text(percent=True),
-        f"Fréchet to real {wanted}": lambda row: row.estimate(f"frechet_{wanted}").as_text(digits=1),
-        "lattice": lambda row: row.estimate(LATTICE).as_text(percent=True, digits=1),
-        "diversity": lambda row: row.estimate("diversity_seeds").as_text(digits=2),
+    columns: dict[str, Callable[[Row], str]] = {"steps": lambda row: row.estimate("num_steps").as_text()}
+    columns |= {title: partial(_gap_cell, name) for name, title in _GAP_TITLES.items()}
+    columns |= {
+        "subject": lambda row: row.estimate("truth_subject_similarity").as_text(digits=3),
+        f"judged {wanted}": lambda row: row.estimate(f"style_share_{wanted}").as_text(percent=True),
+        "diversity, of the oracle's": partial(_gap_cell, "oracle_diversity_share"),
+        "damage": lambda row: row.estimate("damage").as_text(digits=2),
         "CPU-s": lambda row: row.estimate("cpu_s").as_text(),
     }
-    if not is_early:
-        columns = {name: tell for name, tell in columns.items() if not name.endswith("at a third")}
-    if any("diversity_seeds" not in row.results[0].check() for row in rows if row.results):
-        del columns["diversity"]
     head = ["", "learning rate", *columns]
     lines = [head, ["---"] * len(head)]
     for row in rows:
@@ -96,6 +91,11 @@ def table_of(rows: Sequence[Row]) -> str:
     return _as_table(lines)
 
 
+def _gap_cell(name: str, row: Row) -> str:
+    """Return how much of a gap is closed; a base closes none, by definition."""
+    return "–" if row.learning_rate is None else row.estimate(name).as_text(percent=True)
+
+
 def _as_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -103,22 +103,22 @@ def _as_table(lines: Sequence[Sequence[str]]) -> str:
 def default_text(published: Row, default: Row) -> str:
     """Return how soon the default recipe reaches what the published schedule has at its end, as Markdown.
 
-    There is a line for each number of steps after which all of the recipe's runs were judged.
+    There is a line for each time, in CPU-seconds, at which the recipe's runs were judged.
     """
     if not published.results or not default.results:
         return "Not run."
-    wanted, whole_cpu_s = published.results[0].wanted, published.estimate("cpu_s").mean
+    whole_cpu_s = published.estimate("cpu_s").mean
     lines = [("published schedule, at its end", [each.check() for each in published.results])]
-    by_steps = [{check["num_steps"]: check for check in each.checks} for each in default.results]
-    for num_steps in sorted(set.intersection(*map(set, by_steps))):
-        lines.append((f"default recipe, {num_steps:g} steps", [checks[num_steps] for checks in by_steps]))
-    columns = ["CPU-s", "share of CPU-s", wanted, "subject in top 5", f"Fréchet to real {wanted}", "lattice"]
+    for judged in zip(*(each.checks for each in default.results), strict=True):
+        steps = Estimate.of([check["num_steps"] for check in judged]).as_text()
+        lines.append((f"default recipe, {steps} steps", list(judged)))
+    columns = ["CPU-s", "share of CPU-s", *_GAP_TITLES.values(), "subject", "damage"]
     table = [["", *columns], ["---"] * (1 + len(columns))]
     for label, checks in lines:
         found = {name: Estimate.of([check[name] for check in checks]) for name in checks[0]}
         cells = [found["cpu_s"].as_text(digits=1), f"{found['cpu_s'].mean / whole_cpu_s:.2f}"]
-        cells += [found[name].as_text(percent=True) for name in (f"style_share_{wanted}", FIDELITY)]
-        cells += [found[f"frechet_{wanted}"].as_text(digits=1), found[LATTICE].as_text(percent=True, digits=1)]
+        cells += [found[name].as_text(percent=True) for name in _GAP_TITLES]
+        cells += [found["truth_subject_similarity"].as_text(digits=3), found["damage"].as_text(digits=2)]
         table.append([label, *cells])
     return _as_table(table)
 
@@ -152,7 +152,7 @@ def _drifts(base: Result, run: Result, index: int, rule: StopRuleConfig) -> list
     first, then, last = base.check(), run.check(index), run.check()
     steps = f"after {then['num_steps']} of {last['num_steps']} steps"
     by, lines = f"{rule.metric.removeprefix('guard/')} {rule.summary}", []
-    for name in (LATTICE, f"frechet_{run.wanted}", "base_pixel_distance"):
+    for name in ("damage", "truth_l1", "lattice_share"):
         values = [first[name], then[name], max(check[name] for check in run.checks), last[name]]
         drifts = [value - first[name] for value in values]
         shares = [f"{drifts[1] / drift:.0%}" if drift else "–" for drift in drifts[2:]]
@@ -169,8 +169,12 @@ def _as_json(row: Row) -> dict[str, Any]:
         "label": row.label,
         "learning_rate": row.learning_rate,
         "trouble": row.trouble,
-        "runs": [{"seed": each.seed, "checks": each.found["checks"]} for each in row.results],
+        "runs": [{"seed": each.seed, "checks": [_rounded(check) for check in each.checks]} for each in row.results],
     }
+
+
+def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.4g}") for name, value in numbers.items()}
 
 
 def picture(strips: Sequence[tuple[str, Result]], folder: Path, num_images_per_prompt: int) -> PIL.Image.Image:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from services.config.evaluation import StopRuleConfig
+from trainer.evaluation.paired import GAPS, gaps_closed
 from trainer.evaluation.stop_rules import Check, is_violated
 
-FIDELITY = "subject_top5"
-_LEAST_FIDELITY = 0.9  # of the base model's
-LATTICE = "lattice_share"
 _IN_TIME = 0.25  # of the final drift
-_MOST_LATTICE = 1.25  # of the base model's: people see the lattice, the judges do not
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +22,7 @@ class Result:
     """A run's file, as one_run.py writes it."""
 
     found: dict[str, Any]
+    base: Result | None = None  # of the same prompts and seed
 
     @property
     def wanted(self) -> str:
@@ -51,15 +51,27 @@ class Result:
 
     @property
     def checks(self) -> list[dict[str, float]]:
-        """Return the numbers of all checks, in order."""
+        """Return the numbers of all checks, in order; beside a base, where they stand between it and its oracle."""
         return [
-            {**check["numbers"], "cpu_s": check["cpu_s"], "num_steps": check["num_steps"]}
+            {**numbers, **self._gaps(numbers), "cpu_s": check["cpu_s"], "num_steps": check["num_steps"]}
             for check in self.found["checks"]
+            for numbers in [check["numbers"]]
         ]
 
+    def _gaps(self, numbers: dict[str, float]) -> dict[str, float]:
+        if self.base is None:
+            return {}
+        found = (self.base.found["checks"][-1]["numbers"], numbers, self.base.found["oracle"])
+        gaps = gaps_closed(*({name: torch.tensor(value) for name, value in each.items()} for each in found))
+        return {name: float(gap) for name, gap in gaps.items()} | {
+            "oracle_diversity_share": numbers["diversity_prompts"] / self.base.found["oracle"]["diversity_prompts"]
+        }
+
     @property
-    def share(self) -> float:
-        return self.check()[f"style_share_{self.wanted}"]
+    def mean_gap_closed(self) -> float:
+        """Return the mean of the four gaps closed at the end."""
+        last = self.check()
+        return fmean(last[name] for name in GAPS)
 
     @property
     def summary(self) -> str:
@@ -67,32 +79,17 @@ class Result:
             return f"{self.name} broke down: {self.found['error']}"
         last = self.check()
         return (
-            f"{self.name} {last['num_steps']} steps, {last['cpu_s']:.0f} CPU-s: {self.wanted} {self.share:.0%}, "
-            f"reward {last['reward']:.3f}, {FIDELITY} {last[FIDELITY]:.3f}"
+            f"{self.name} {last['num_steps']} steps, {last['cpu_s']:.0f} CPU-s: L1 {last['truth_l1']:.4f}, "
+            f"{self.wanted} {last[f'style_share_{self.wanted}']:.0%}, damage {last['damage']:.2f}"
         )
 
 
-def best_learning_rate(base: Result, swept: Sequence[Result]) -> float:
-    """Return the learning rate of the largest target share among faithful and clean runs, or else the lowest one.
-
-    Faithful: fidelity is at least 90 % of the base model's; clean: its pictures' lattice_share is at most 125 %.
-    Raise ValueError if all runs failed.
-    """
+def best_learning_rate(swept: Sequence[Result]) -> float:
+    """Return the learning rate with the largest mean gap closed. Raise ValueError if all runs failed."""
     whole = [each for each in swept if each.is_whole]
     if not whole:
         raise ValueError(f"every learning rate failed: {[each.summary for each in swept]}")
-    allowed = [each for each in whole if is_faithful(base, each) and is_clean(base, each)]
-    if allowed:
-        return max(allowed, key=lambda each: each.share).learning_rate
-    return min(each.learning_rate for each in whole)
-
-
-def is_faithful(base: Result, result: Result) -> bool:
-    return result.check()[FIDELITY] >= _LEAST_FIDELITY * base.check()[FIDELITY]
-
-
-def is_clean(base: Result, result: Result) -> bool:
-    return result.check()[LATTICE] <= _MOST_LATTICE * base.check()[LATTICE]
+    return max(whole, key=lambda each: each.mean_gap_closed).learning_rate
 
 
 def broken_rules(base: Result, result: Result, rules: Sequence[StopRuleConfig]) -> list[tuple[int, StopRuleConfig]]:

@@ -28,6 +28,7 @@ from deploy.local import LocalServices, main
 from deploy.settings import ROOT, LocalError, Settings, free_port
 from services.clients.jobs import ADDRESS_VARIABLES, Jobs, JobsError
 from services.clients.tracking import Tracker
+from tests.pictures import photo
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
 from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
@@ -70,7 +71,17 @@ def services(where: Settings) -> Iterator[LocalServices]:
 
 @pytest.fixture(scope="module")
 def run_files(folder: Path) -> list[Path]:
-    return [write_run(folder, "there", "3D", "Flat"), write_run(folder, "back", "Flat", "3D")]
+    """The demo's two, with all that its claims need: real pictures, an oracle and a guard."""
+    (folder / "real").mkdir()
+    for index, prompt in enumerate(PROMPTS[:4]):
+        photo(HEIGHT_PX + index, WIDTH_PX).save(folder / f"real/{index}.png")
+        (folder / f"real/{index}.txt").write_text(prompt, encoding="utf-8")
+    evaluation = {"prompts_path": "heldout.txt", "num_steps": 2, "judge_path": "judge", "truth": {"path": "real"}}
+    changes = {
+        "evaluation": {**evaluation, "draws_oracle": True},
+        "guard": {"prompts_path": "heldout.txt", "num_prompts": 4},
+    }
+    return [write_run(folder, "there", "3D", "Flat", **changes), write_run(folder, "back", "Flat", "3D", **changes)]
 
 
 def write_run(folder: Path, name: str, positive: str, negative: str, **changes: Any) -> Path:
@@ -241,10 +252,15 @@ def test_demo_shows_both_directions_and_leaves_running_services_up(
     monkeypatch.chdir(folder)
     summary = demo(LocalServices(services.settings), run_files, folder / "out")
     assert json.loads((folder / "out" / "summary.json").read_text(encoding="utf-8")) == summary
-    assert set(summary["aligned"]) == {"3D | Flat", "Flat | 3D"}
-    assert set(summary["base"]) == set(summary["aligned"]["3D | Flat"])
+    assert set(summary["runs"]) == {"3D | Flat", "Flat | 3D"}
+    for policies in summary["runs"].values():
+        assert set(policies["base"]) == set(policies["oracle"])
+        gaps = set(policies["aligned"]) - set(policies["base"])
+        assert gaps == {f"gap_closed_{name}" for name in ("l1", "ssim", "edge_correlation", "hue_distance")}
+        base, aligned, oracle = (policies[name]["truth_l1"] for name in ("base", "aligned", "oracle"))
+        assert policies["aligned"]["gap_closed_l1"] == pytest.approx((base - aligned) / (base - oracle))
     with PIL.Image.open(folder / "out" / "before_after.png") as picture:
-        assert picture.width > 2 * WIDTH_PX
+        assert picture.width > 3 * WIDTH_PX
     assert "3D | Flat" in table(summary)
     assert "ETA" in capfd.readouterr().out
     assert services.ray.is_running()

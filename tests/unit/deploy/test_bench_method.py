@@ -14,6 +14,7 @@ from deploy.bench_method.plan import (
     Plan,
     Task,
     ablation_task,
+    base_of,
     base_task,
     default_task,
     final_task,
@@ -43,19 +44,24 @@ def tasks(plan: Plan) -> list[Task]:
     return [*found, *(ablation_task(plan, each, 1e-5, 0) for each in plan.ablations)]
 
 
-def result_of(
-    task: Task, share: float, fidelity: float = 0.4, lattice: float = 0.04, error: str | None = None, **more: float
-) -> Result:
-    numbers = {"style_share_3D": share, "subject_top5": fidelity, "reward": 0.1, "frechet_3D": 40 * (1 - share)}
-    numbers |= {
-        "judge_log_probability": -1.0,
-        "diversity_seeds": 3.0,
-        "lattice_share": lattice,
-        "common_mode": 0.3,
-        "base_pixel_distance": 0.1,
-    } | more
-    checks = [{"cpu_s": 30.0, "num_steps": 17, "numbers": numbers}]
-    return Result({"task": task.model_dump(mode="json"), "checks": checks, "error": error})
+TRUTH = {"truth_l1": 0.05, "truth_ssim": 0.8, "truth_edge_correlation": 0.9, "truth_hue_distance": 0.05}
+ORACLE = {"truth_l1": 0.03, "truth_ssim": 0.9, "truth_edge_correlation": 1.0, "truth_hue_distance": 0.01}
+ORACLE |= {"diversity_prompts": 5.0}
+
+
+def numbers_at(gap: float, share: float = 0.5, **more: float) -> dict[str, float]:
+    """The numbers of a model that has closed this part of every gap."""
+    truth = {name: value + gap * (ORACLE[name] - value) for name, value in TRUTH.items()}
+    numbers = {"style_share_3D": share, "truth_subject_similarity": 0.95, "diversity_prompts": 4.0, "damage": 0.5}
+    return truth | numbers | {"lattice_share": 0.04, "frechet_Flat": 4.0, "frechet_3D": 4.0} | more
+
+
+BASE = Result({"checks": [{"cpu_s": 0.0, "num_steps": 0, "numbers": numbers_at(0, damage=0.0)}], "oracle": ORACLE})
+
+
+def result_of(task: Task, gap: float, error: str | None = None, **more: float) -> Result:
+    checks = [{"cpu_s": 30.0, "num_steps": 17, "numbers": numbers_at(gap, **more)}]
+    return Result({"task": task.model_dump(mode="json"), "checks": checks, "oracle": None, "error": error}, BASE)
 
 
 def test_every_task_is_a_run_with_a_name_of_its_own(tasks: list[Task]) -> None:
@@ -82,18 +88,29 @@ def test_changes_go_over_a_tree_section_by_section() -> None:
     assert merged({"a": {"b": 1, "c": [1]}, "d": 2}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}, "d": 2}
 
 
-def test_the_best_rate_has_the_largest_share_among_the_faithful_and_clean(plan: Plan) -> None:
-    base = result_of(base_task(plan, plan.validation_path, 0), 0.1)
+def test_the_best_rate_closes_most_of_the_gaps(plan: Plan) -> None:
     slow, good, far = (sweep_task(plan, plan.methods[0], rate) for rate in (1e-5, 1e-4, 1e-3))
-    swept = [result_of(slow, 0.3), result_of(good, 0.5, 0.37), result_of(far, 0.9, 0.35)]
-    assert best_learning_rate(base, swept) == 1e-4
-    latticed = result_of(far, 0.9, lattice=0.06)
-    assert best_learning_rate(base, [swept[0], latticed]) == 1e-5
-    assert best_learning_rate(base, [result_of(good, 0.5, 0.1), latticed]) == 1e-4
+    swept = [result_of(slow, 0.3), result_of(good, 0.5), result_of(far, -0.2, share=0.97)]
+    assert best_learning_rate(swept) == 1e-4
+    one_measure = result_of(far, 0.5, truth_l1=0.02)
+    assert best_learning_rate([*swept[:2], one_measure]) == 1e-3
+    assert one_measure.mean_gap_closed == pytest.approx((1.5 + 3 * 0.5) / 4)
     broken = result_of(far, 0.9, error="the loss is nan")
-    assert best_learning_rate(base, [swept[0], broken]) == 1e-5
+    assert best_learning_rate([swept[0], broken]) == 1e-5
     with pytest.raises(ValueError, match="every learning rate failed"):
-        best_learning_rate(base, [broken])
+        best_learning_rate([broken])
+
+
+def test_a_result_stands_between_the_base_of_its_prompts_and_seed_and_the_oracle(plan: Plan, tmp_path: Path) -> None:
+    bench, task = Bench(plan, tmp_path), final_task(plan, plan.methods[0], 1e-5, 2)
+    own, other = (base_task(plan, plan.test_path, seed) for seed in (2, 1))
+    for each, gap in ((task, 0.4), (own, 0.0), (other, 0.2)):
+        found = result_of(each, gap).found | {"oracle": ORACLE}
+        (tmp_path / f"{each.name}.json").write_text(json.dumps(found), encoding="utf-8")
+    result = bench.result(task)
+    assert result is not None
+    assert result.check()["gap_closed_l1"] == pytest.approx(0.4)
+    assert result.check()["oracle_diversity_share"] == pytest.approx(0.8)
 
 
 def test_a_result_counts_only_for_the_task_as_it_is_now(plan: Plan, tmp_path: Path) -> None:
@@ -118,7 +135,7 @@ def test_a_table_says_what_is_missing(plan: Plan) -> None:
     rows = [Row.of("whole", 1e-4, runs), Row.of("short", 1e-4, [*runs, None]), Row.of("none", None, [None])]
     broken = Row.of("broken", 1e-3, [result_of(final_task(plan, method, 1e-3, 1), 0.4, error="nan")])
     lines = table_of([*rows, broken]).splitlines()
-    assert "| whole | 1e-4 | 17 ± 0 | 50 ± 10 % |" in lines[2]
+    assert "| whole | 1e-4 | 17 ± 0 | 50 ± 10 % | 50 ± 10 % |" in lines[2]
     assert "short (2 of 3 seeds)" in lines[3]
     assert "| none | – | not run |" in lines[4]
     assert "| broken | 1e-3 | broke down |" in lines[5]
@@ -126,48 +143,63 @@ def test_a_table_says_what_is_missing(plan: Plan) -> None:
 
 
 def test_the_guards_flag_a_run_at_its_first_check_beyond_a_bound_and_clear_the_others(plan: Plan) -> None:
-    base = result_of(base_task(plan, plan.validation_path, 1), 0.1, frechet_Flat=4.0, style_share_Flat=0.6)
-    base.found["checks"][-1]["numbers"]["base_pixel_distance"] = 0.0
+    task = hacking_task(plan, 1)
+    base = Result(BASE.found | {"task": base_task(plan, plan.validation_path, 1).model_dump(mode="json")})
 
     def hacking(*drifts: tuple[float, float]) -> Result:
-        run = result_of(hacking_task(plan, 1), 0.1)
-        each = [
-            result_of(hacking_task(plan, 1), 0.1, lattice=lattice, style_share_Flat=0.5, frechet_Flat=frechet)
-            for lattice, frechet in drifts
-        ]
-        run.found["checks"] = [check for one in each for check in one.found["checks"]]
-        return run
+        checks = [result_of(task, 0, damage=hurt, truth_l1=l1).found["checks"][0] for hurt, l1 in drifts]
+        return Result(result_of(task, 0).found | {"checks": checks}, base)
 
-    soon = hacking((0.05, 4.3), (0.07, 4.1), (0.1, 24.0), (0.2, 8.0))
-    late = hacking((0.05, 4.8), (0.06, 24.0), (0.07, 8.0))  # by then 10 of its 30 thousandths
-    never = hacking((0.05, 4.3))
-    sound, latticed = (result_of(final_task(plan, plan.methods[0], 1e-4, 1), 0.5, lattice=n) for n in (0.05, 0.07))
-    text = guards_text([(base, soon), (base, late), (base, never)], [(base, sound), (base, latticed)], plan)
+    soon = hacking((0.9, 0.051), (1.5, 0.054), (4.0, 0.1), (8.0, 0.2))
+    late = hacking((0.9, 0.054), (3.0, 0.1), (4.0, 0.2))  # by then a third of its drift
+    never = hacking((0.9, 0.051))
+    sound, hurt = (result_of(final_task(plan, plan.methods[0], 1e-4, 1), 0.5, damage=each) for each in (0.9, 1.1))
+    text = guards_text([(base, soon), (base, late), (base, never)], [(base, sound), (base, hurt)], plan)
     assert "of 3 runs 1 are flagged before a quarter" in text
-    assert "by lattice_share." in text
-    assert "| lattice_share rises_by 0.5 | lattice_share | 0.04 | 0.07 | 0.2 | 0.2 | 19% | 19% |" in text
-    assert "| frechet_wanted rises_by 0.1 | frechet_Flat | 4 | 4.8 | 24 | 8 | 4% | 20% |" in text
+    assert "by truth_l1." in text
+    assert "| damage above 1 | damage | 0 | 1.5 | 8 | 8 | 19% | 19% |" in text
+    assert "| damage above 1 | truth_l1 | 0.05 | 0.1 | 0.2 | 0.2 | 33% | 33% |" in text
     assert "| 1 | never |" in text
-    assert f"Of the 2 runs of the table 1 are flagged: {latticed.name}." in text
+    assert f"Of the 2 runs of the table 1 are flagged: {hurt.name}." in text
 
 
-def test_the_default_recipe_is_listed_at_the_steps_after_which_all_its_runs_were_judged(plan: Plan) -> None:
-    rate, method = 8e-5, plan.method(plan.ablated)
+def test_the_default_recipe_is_listed_each_time_that_its_runs_were_judged(plan: Plan) -> None:
+    rate, method = 8e-5, plan.method(plan.published)
     published = Row.of("", rate, [result_of(final_task(plan, method, rate, seed), 0.6) for seed in (1, 2)])
     runs = []
-    for seed, judged in ((1, {3: (6.0, 0.4), 4: (8.0, 0.5)}), (2, {4: (10.0, 0.7), 5: (12.0, 0.8)})):
+    for seed, judged in ((1, {3: (6.0, 0.4), 4: (8.0, 0.5)}), (2, {4: (7.0, 0.5), 5: (10.0, 0.7)})):
         run = result_of(default_task(plan, seed), 0.0)
-        run.found["checks"] = [
-            result_of(default_task(plan, seed), share).found["checks"][0] | {"cpu_s": cpu_s, "num_steps": steps}
-            for steps, (cpu_s, share) in judged.items()
+        checks = [
+            result_of(default_task(plan, seed), gap).found["checks"][0] | {"cpu_s": cpu_s, "num_steps": steps}
+            for steps, (cpu_s, gap) in judged.items()
         ]
-        runs.append(run)
+        runs.append(Result(run.found | {"checks": checks}, BASE))
     lines = default_text(published, Row.of("", None, runs)).splitlines()
     assert lines[2].startswith("| published schedule, at its end | 30.0 ± 0.0 | 1.00 | 60 ± 0 % |")
     assert [line.split(" | ")[:4] for line in lines[3:]] == [
-        ["| default recipe, 4 steps", "9.0 ± 1.0", "0.30", "60 ± 10 %"]
+        ["| default recipe, 4 ± 0 steps", "6.5 ± 0.5", "0.22", "45 ± 5 %"],
+        ["| default recipe, 4 ± 0 steps", "9.0 ± 1.0", "0.30", "60 ± 10 %"],
     ]
     assert default_text(published, Row.of("", None, [None])) == "Not run."
+
+
+def test_a_run_is_compared_with_the_base_of_its_words_and_real_pictures(plan: Plan) -> None:
+    for task in (hacking_task(plan, 1), final_task(plan, plan.methods[0], 1e-5, 1)):
+        base = base_of(plan, task)
+        assert base.config.control_words == task.config.control_words
+        assert base.config.evaluation.truth == task.config.evaluation.truth
+        assert base.config.evaluation.prompts_path == task.config.evaluation.prompts_path
+        assert base.config.evaluation.draws_oracle
+        assert base.config.seed == task.config.seed
+
+
+def test_every_ablation_is_as_the_plan_says(plan: Plan) -> None:
+    for each in plan.ablations:
+        config = ablation_task(plan, each, 1e-5, 0).config
+        assert config.optimizer.learning_rate == (each.learning_rates or (1e-5,))[0]
+        changes = {key: value for key, value in each.changes.items() if key != "rewards"}
+        tree = json.loads(config.model_dump_json())
+        assert all(tree[key] == merged(tree[key], value) for key, value in changes.items())
 
 
 def test_text_between_markers_is_replaced(tmp_path: Path) -> None:
