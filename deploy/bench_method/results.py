@@ -62,7 +62,9 @@ class Result:
         if self.base is None:
             return {}
         found = (self.base.found["checks"][-1]["numbers"], numbers, self.base.found["oracle"])
-        gaps = gaps_closed(*({name: torch.tensor(value) for name, value in each.items()} for each in found))
+        gaps = gaps_closed(
+            *({name: torch.tensor(value, dtype=torch.float64) for name, value in each.items()} for each in found)
+        )
         return {name: float(gap) for name, gap in gaps.items()} | {
             "oracle_diversity_share": numbers["diversity_prompts"] / self.base.found["oracle"]["diversity_prompts"]
         }

@@ -115,7 +115,7 @@ class Evaluator:
     def _gaps_closed(self, numbers: dict[str, float]) -> dict[str, float]:
         """Return where the aligned model stands between the base (0) and the oracle (1), by paired measure."""
         found = [
-            {key.removeprefix("eval/"): torch.tensor(value) for key, value in each.items()}
+            {key.removeprefix("eval/"): torch.tensor(value, dtype=torch.float64) for key, value in each.items()}
             for each in (self._load("base").numbers, numbers, self._load("oracle").numbers)
         ]
         return {key: float(value) for key, value in gaps_closed(*found).items()}
