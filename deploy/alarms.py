@@ -120,7 +120,7 @@ def study(base: Tensor, good: Mapping[str, Tensor], hacked: Mapping[str, Tensor]
 
 
 def run_of(settings: Mapping[str, Any]) -> Run:
-    """Return the demo's run in this process, with changes, on the prompts of validation: a picture a prompt."""
+    """Return the demo's run in this process, with changes, on the prompts of validation: REPEATS pictures of each."""
     tree = yaml.safe_load(RUN_FILE.read_text(encoding="utf-8"))
     guard = tree.pop("guard")
     tree = merged(tree, {"engine": {"num_workers": 1, "zero_stage": 0, "micro_batch": 4}, "seed": 9})

@@ -39,10 +39,8 @@ RUN_FILE = ROOT / "deploy" / "runs" / "tiny_srpo.yaml"
 RESULTS = ROOT / "deploy" / "runs" / "results"
 NUM_STEPS = 60
 Space = Literal["pixels", "latents"]
-RATES: dict[Space, float] = {
-    "pixels": 0.01,
-    "latents": 0.05,
-}  # of Adam: a pixel can change by 0.6 in all, a latent by 3
+# of Adam: a pixel can change by 0.6 in all, a latent by 3
+RATES: dict[Space, float] = {"pixels": 0.01, "latents": 0.05}
 _OPEN: dict[str, Any] = {"margin": 10.0, "ignores_tint": False, "satisfied_at": None, "augmentation": None}
 KEYS: dict[str, dict[str, Any]] = {
     "none": {},

@@ -2,8 +2,8 @@
 
 Six trainings as Ray jobs, one after the other, each followed by `srpo evaluate`: every gap closed with its bootstrap
 interval over prompts. Resumable: a run that has its comparison is not made again (after a change of the embedded
-models, delete outputs/tiny_srpo*). Writes seeds.json, the table of
-results/README.md, and the page of a blind viewing of the first run.
+models, delete outputs/tiny_srpo*). Writes seeds.json, the table of results/README.md, and the page of a blind viewing
+of the first run, of which results/viewing holds the choices.
 """
 
 from __future__ import annotations

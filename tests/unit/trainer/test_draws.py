@@ -13,6 +13,7 @@ from services.config.rewards import RunWordsConfig
 from trainer.draws import (
     batch_indices,
     draw_levels,
+    draw_rows,
     draw_words,
     evaluation_generator,
     image_generator,
@@ -127,3 +128,11 @@ def test_a_choice_follows_its_weights_and_the_seed_alone(per: str) -> None:
 def test_impossible_draws_are_refused() -> None:
     with pytest.raises(ValueError, match="seed must be 0 or more"):
         noise_generator(-1, 0, 0)
+
+
+def test_rows_to_show_are_drawn_by_the_seed_and_none_twice() -> None:
+    rows = draw_rows(0, 64, 24)
+    assert rows == sorted(set(rows))
+    assert len(rows) == 24
+    assert rows == draw_rows(0, 64, 24) != draw_rows(1, 64, 24)
+    assert draw_rows(0, 3, 3) == [0, 1, 2]

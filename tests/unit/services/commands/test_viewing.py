@@ -11,6 +11,7 @@ import pytest
 from services.commands.main import main
 from services.commands.viewing import wilson
 
+RESULTS = Path(__file__).resolve().parents[4] / "deploy/runs/results"
 SIDES = ["left", "right", "right", "left"]
 KEY = {"viewing": "abc", "pairs": [{"prompt": f"cat {n}", "model": side} for n, side in enumerate(SIDES)]}
 
@@ -74,3 +75,19 @@ def test_an_interval_covers_the_share_and_shrinks_with_pairs() -> None:
     assert wilson(10, 10)[2] == 1
     few, many = wilson(42, 60), wilson(420, 600)
     assert few[1] < many[1] < 0.7 < many[2] < few[2]
+
+
+@pytest.mark.parametrize("viewer", ["a", "b"])
+def test_the_published_table_counts_the_choices_that_lie_beside_it(
+    viewer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RESULTS / "viewing"
+    assert main(["viewing", str(folder / "viewing_key.json"), str(folder / f"choices_{viewer}.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    shares = ("model_closer", "model_broken", "base_broken")
+    cells = [f"{found[name][0]:.0%} ({found[name][1]:.0%} to {found[name][2]:.0%})" for name in shares]
+    row = f"| {found['viewer']} | {' | '.join(cells)} |".replace("% to", " to").replace("%", " %")
+    assert row in (RESULTS / "README.md").read_text(encoding="utf-8").splitlines()
+    assert (
+        f'"{json.loads((folder / "viewing_key.json").read_text())["viewing"]}"' in (folder / "viewing.html").read_text()
+    )

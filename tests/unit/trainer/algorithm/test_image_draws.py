@@ -54,8 +54,10 @@ def test_the_gradient_goes_back_to_where_the_pixel_came_from() -> None:
 def test_a_sample_has_its_own_draws_on_any_worker() -> None:
     together = draw_for_images([MOVED, NOISED], 7, 3, [(0, 0), (1, 0), (1, 1)], SIZE)
     alone = draw_for_images([MOVED, NOISED], 7, 3, [(1, 1)], SIZE)
-    assert together.places is not None and together.noise is not None  # noqa: PT018  # for the type checker
-    assert alone.places is not None and alone.noise is not None  # noqa: PT018
+    assert together.places is not None
+    assert together.noise is not None
+    assert alone.places is not None
+    assert alone.noise is not None
     assert together.places[2:].equal(alone.places)
     assert together.noise[2:].equal(alone.noise)
     assert together.places.unique().numel() == 9
