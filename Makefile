@@ -61,7 +61,7 @@ ci: check test  ## what CI runs
 reference: setup  ## FILES="…": our numbers beside the published algorithm's (files as in ../shared/reference)
 	OMP_NUM_THREADS=1 .venv/bin/python -m deploy.reference $(FILES)
 
-attack: setup  ## climb the reward on purpose: how much of the gain do others confirm? (about 8 minutes)
+attack: setup  ## climb the reward on purpose: how much of the gain do others confirm? (about 18 minutes on one core)
 	.venv/bin/python -m deploy.attack
 
 alarms: setup  ## find the guard's thresholds of damage, and test them on unseen kinds of it (about 5 minutes)
