@@ -48,3 +48,20 @@ def describe_mistake(item: Mapping[str, Any], shorten: Callable[[object], str] =
     wrong = "unknown key" if item["type"] == "extra_forbidden" else str(item["msg"]).removeprefix("Value error, ")
     got = "" if isinstance(item["input"], dict) else f" (got {shorten(item['input'])})"  # a section is in the message
     return (f"{place}: " if place else "") + wrong + got
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings under dotted keys.
+
+    >>> flatten({"seed": 0, "engine": {"zero_stage": 2}})
+    {'seed': 0, 'engine.zero_stage': 2}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = {str(index): item for index, item in enumerate(value)}  # rewards.0.name
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

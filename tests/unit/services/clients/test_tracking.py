@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -11,17 +12,12 @@ import mlflow
 import PIL.Image
 import pytest
 
-from services.clients.tracking import Tracker, TrackingError, flatten
+from services.clients.tracking import RefusedError, Tracker, TrackingError, check_metric_name, flatten
+from services.clients.tracking_errors import UnansweredError
 from services.config.run import load_run_config
 
 RUN = Path(__file__).resolve().parents[4] / "deploy" / "runs" / "tiny_srpo.yaml"
 BOUND_S = 20.0  # with MLflow's defaults it would be minutes
-
-
-@pytest.fixture
-def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(tmp_path)  # a store in a file puts artifacts below the current folder
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
 @pytest.fixture
@@ -103,6 +99,37 @@ def test_what_does_not_exist_is_named(uri: str, tmp_path: Path) -> None:
         tracker.log_model_folder(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    "name", ["it's", 'say "no"', "both ' and \"", "ends'", "100%", "back\\slash", "a_b", "tick`", "' or '1"]
+)
+def test_a_run_of_any_name_is_found(name: str, uri: str) -> None:
+    Tracker.start(uri, "srpo", name, {"srpo.run": f"{name}{name}"})
+    run = Tracker.start(uri, "srpo", name, {"srpo.run": name})
+    if (alike := re.sub("['\"]", "x", name)) != name:  # MLflow is asked for any character there
+        Tracker.start(uri, "srpo", alike, {"srpo.run": alike})
+    assert Tracker.latest(uri, "srpo", name).run_id == Tracker.running(uri, name).run_id == run.run_id
+    assert [each.run_id for each in Tracker.tagged(uri, "srpo.run", name)] == [run.run_id]
+    assert Tracker.tagged(uri, "srpo.run", "none ' of them") == []
+
+
+NAMES = ["loss", "reward/hpsv2.1", "a b", "ž", "a:b", "a-b_c.d", "x" * 250]
+NO_NAMES = ["clip@b,1", "", "/a", "a/", "a//b", "../a", "a/../b", ".", "./a", "a\n", "a'b", "x" * 251]
+
+
+@pytest.mark.parametrize("name", NAMES + NO_NAMES)
+def test_names_that_mlflow_refuses_are_known_before(name: str, uri: str) -> None:
+    tracker = Tracker.start(uri, "srpo", "names")
+    if name in NAMES:
+        check_metric_name(name)
+        tracker.log_metrics({name: 1.0}, step=1)
+        return
+    with pytest.raises(ValueError, match=r"MLflow takes no metric named .*(letters, digits|path|250)"):
+        check_metric_name(name)
+    if name != "a\n":  # MLflow's pattern overlooks a line break at the end
+        with pytest.raises(RefusedError, match="cannot log step 1: "):
+            tracker.log_metrics({name: 1.0}, step=1)
+
+
 @pytest.mark.parametrize("kind", ["absent_server", "silent_server"])
 def test_a_server_that_does_not_answer_is_named_in_bounded_time(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -110,6 +137,6 @@ def test_a_server_that_does_not_answer_is_named_in_bounded_time(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     address = request.getfixturevalue(kind)
     began = time.monotonic()
-    with pytest.raises(TrackingError, match=f"{address}.*does not answer.*make up"):
+    with pytest.raises(UnansweredError, match=f"{address}.*does not answer.*make up"):
         Tracker.start(address, "srpo", "never")
     assert time.monotonic() - began < BOUND_S
