@@ -76,7 +76,7 @@ class Run:
         if config.finetune.kind == "lora":
             add_adapter(self._policy.transformer, config.finetune, config.seed)
         self._engine = Engine.create(
-            self._policy.transformer, config.optimizer, config.engine, num_backwards(config), torch.float32
+            self._policy.transformer, config.optimizer, config.engine, num_backwards(config, 1), torch.float32
         )
         self._pictures = self._held_out()
         prompts = [*(each.prompt for each in open_batches(config).located), *self.prompts]

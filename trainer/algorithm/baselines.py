@@ -29,8 +29,7 @@ class _LateStepLearner(Learner[LateStep]):
         with self.metrics.timed("branches"):
             with self._locate_errors(step.pairs):
                 outcome = late_step_loss(step, self._policy, self._score, config.objective.kind, config.rewards)
-            self._require_finite("the loss", outcome.loss, step.pairs)
-            self._engine.backward(outcome.loss)
+            self._backward("the loss", outcome.loss, step.pairs)
         self.metrics.add("loss", outcome.loss)
         self.metrics.add("sigma", step.sigma)
         _record_rewards(self.metrics, config.rewards, outcome.rewards)
@@ -92,8 +91,7 @@ class GrpoLearner(Learner[NoisyStep]):
         with self.metrics.timed("branches"):
             log_ratios = log_ratio(step, self._policy, method.noise_level)
             loss = clipped_loss(log_ratios, step.advantages, method.clip_range)
-            self._require_finite("the loss", loss, step.pairs)
-            self._engine.backward(loss)
+            self._backward("the loss", loss, step.pairs)
         self.metrics.add("loss", loss)
         self.metrics.add("sigma", step.sigma)
         self.metrics.add("ratio", log_ratios.exp())

@@ -40,8 +40,7 @@ class DirectAlignLearner(Learner[Injection]):
         for branch in branches(injection.levels, config.objective, injection.rollout.sampling.shift):
             with self.metrics.timed("branches"):
                 outcome = self._loss(branch, injection)
-                self._require_finite(f"the loss of branch {branch.name}", outcome.loss, injection.rollout.pairs)
-                self._engine.backward(outcome.loss)
+                self._backward(f"the loss of branch {branch.name}", outcome.loss, injection.rollout.pairs)
             self._record(branch, outcome)
 
     def _prepare(self, samples: MicroBatch) -> list[list[Injection]]:

@@ -39,9 +39,9 @@ Material = TypeVar("Material")  # what `learn` takes: an injection, a late step,
 
 
 class StepError(ValueError):
-    """Raised for a step that would train noise: a number is not finite, or a reward's response does not fit.
+    """Raised for a step that a repetition would not mend; the message names step, worker, prompts and cause.
 
-    The message names step, worker, prompts and cause.
+    A latent or a reward's response is not finite or does not fit, or too many updates in a row were skipped.
     """
 
 
@@ -68,7 +68,7 @@ class Learner(ABC, Generic[Material]):
 
     def __init__(self, config: RunConfig, engine: Engine, policy: Policy, score: Score, encode: Encode) -> None:
         self.metrics = StepMetrics()
-        self._step = 0
+        self._step = self._num_skipped = 0
         self._config, self._engine, self._score, self._encode = config, engine, score, encode
         self._policy = policy.calling(engine.transformer)  # gradients reach the engine only through its own wrapper
         self._batches = open_batches(config, policy.source)
@@ -87,8 +87,8 @@ class Learner(ABC, Generic[Material]):
     def roll_out(self, step: int) -> list[list[Material]]:
         """Roll out the worker's prompts, one micro-batch at a time. Return what to learn from, grouped by update.
 
-        A run on a dataset reads the images' latents instead and draws the noise. Raises StepError for the first number
-        that is not finite, as `learn` and `update` do.
+        A run on a dataset reads the images' latents instead and draws the noise. Raise StepError for a latent
+        that is not finite.
         """
         self._step = step
         batch, size = self._batches.batch(step), self._config.engine.micro_batch
@@ -106,15 +106,36 @@ class Learner(ABC, Generic[Material]):
         """Roll out a micro-batch and return its materials, grouped by update."""
 
     def update(self) -> None:
-        """Take one optimizer step. Raise StepError if the gradient is not finite.
+        """Take one optimizer step; skip it, on all workers, if the gradient is not finite.
 
-        The weights are lost then, but no checkpoint is written after it.
+        Raise StepError if more than optimizer.max_skipped_updates in a row were skipped.
         """
         with self.metrics.timed("update"):
             grad_norm = self._engine.step()
-        if not math.isfinite(grad_norm):
-            raise StepError(f"step {self._step + 1}: the gradient's norm over all workers is {grad_norm}")
-        self.metrics.add("grad_norm", grad_norm)
+        is_skipped = not math.isfinite(grad_norm)
+        self._num_skipped = self._num_skipped + 1 if is_skipped else 0
+        self.metrics.add("skipped_updates", float(is_skipped))
+        if is_skipped:
+            self._report_skipped(grad_norm)
+        else:
+            self.metrics.add("grad_norm", grad_norm)
+
+    def _report_skipped(self, grad_norm: float) -> None:
+        where = f"step {self._step + 1}: the gradient's norm over all workers is {grad_norm}"
+        if self._num_skipped > (allowed := self._config.optimizer.max_skipped_updates):
+            raise StepError(
+                f"{where}, and {self._num_skipped} updates in a row were skipped for that; "
+                f"optimizer.max_skipped_updates is {allowed}"
+            )
+        if dist.get_rank() == 0:
+            print(f"{where}; the update is skipped", flush=True)
+
+    def _backward(self, what: str, loss: Tensor, pairs: Sequence[PromptPair]) -> None:
+        """Add the gradient of a loss. One that is not finite is printed, and lets all workers skip the update."""
+        if not loss.isfinite():
+            print(f"{self._where(pairs)}: {what} is not finite", flush=True)
+            loss = loss * math.nan  # or its gradient might be finite
+        self._engine.backward(loss)
 
     def _rollout(self, samples: MicroBatch) -> Rollout:
         noise, conditioning = self._start_noise(samples), self._encode(samples.prompts)
@@ -155,8 +176,8 @@ class Learner(ABC, Generic[Material]):
             raise StepError(f"{self._where(pairs)}{place}: {error}") from error
 
     def _require_finite(self, what: str, values: Tensor, pairs: Sequence[PromptPair]) -> None:
-        """Raise StepError if a value is not finite. `values` has a row for each pair, or is 0-d and depends on all."""
-        is_finite = values.isfinite().flatten(1).all(dim=1) if values.ndim else values.isfinite().expand(len(pairs))
+        """Raise StepError if a value is not finite. `values` has a row for each pair."""
+        is_finite = values.isfinite().flatten(1).all(dim=1)
         if not is_finite.all():
             wrong = [pair for pair, fine in zip(pairs, is_finite.tolist(), strict=True) if not fine]
             raise StepError(f"{self._where(wrong)}: {what} is not finite")

@@ -29,8 +29,8 @@ def make_learner(config: RunConfig, engine: Engine, policy: Policy, score: Score
     return kinds[config.method.kind](config, engine, policy, score, encode)
 
 
-def num_backwards(config: RunConfig) -> int:
-    """Return how often a worker runs backward between two updates of the policy."""
+def num_backwards(config: RunConfig, num_workers: int) -> int:
+    """Return how often each of `num_workers` workers runs backward between two updates of the policy."""
     method, objective, each = config.method, config.objective, 1
     if isinstance(method, DirectAlignMethod):
         each = len(objective.branches) * (1 if objective.update_per_injection else objective.num_injections)
@@ -38,4 +38,4 @@ def num_backwards(config: RunConfig) -> int:
         each = method.num_renoisings
     elif isinstance(method, GrpoMethod):
         each = method.num_trained_steps // method.num_updates
-    return each * config.engine.num_micro_batches
+    return each * config.engine.num_micro_batches(num_workers)

@@ -59,7 +59,8 @@ def progress_line(step: int, num_steps: int, metrics: dict[str, float]) -> str:
     """
     reward = next(metrics[name] for name in ("reward_denoise", "reward_invert", "reward") if name in metrics)
     minutes, seconds = divmod(round((num_steps - step) * metrics["seconds_step"]), 60)
+    norm = f"gradient norm {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "update skipped"
     return (
-        f"step {step}/{num_steps}  reward {reward:.4f}  loss {metrics['loss']:.4f}  "
-        f"gradient norm {metrics['grad_norm']:.3f}  {metrics['seconds_step']:.2f} s/step  ETA {minutes}:{seconds:02d}"
+        f"step {step}/{num_steps}  reward {reward:.4f}  loss {metrics['loss']:.4f}  {norm}  "
+        f"{metrics['seconds_step']:.2f} s/step  ETA {minutes}:{seconds:02d}"
     )

@@ -1,41 +1,40 @@
-"""Shard a policy over workers with ZeRO, train it, checkpoint it, export it whole. The only DeepSpeed.
+"""Shard a policy over workers with ZeRO, train it, take up its training state, export it whole. The only DeepSpeed.
 
     engine = Engine.create(transformer, config.optimizer, config.engine, num_backwards=2, dtype=torch.float32)
     for loss in losses:  # forward, backward, forward, backward: see the warning at `backward`
         engine.backward(loss)
     grad_norm = engine.step()
 
-Only parameters that require gradient are trained and kept in checkpoints (lora.py freezes the others). Left out:
-offload to CPU or disk, and resuming on another number of workers (needs DeepSpeed's universal format).
+Only parameters that require gradient are trained and kept in checkpoints (lora.py freezes the others). Each worker
+writes its part of the training state (fragments.py), which any number of workers take up in any stage. No other file
+imports DeepSpeed; shards.py knows where its optimizers keep what. Left out: offload to CPU or disk.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero import GatheredParameters
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import safe_get_full_fp32_param
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import EmaConfig
-from trainer.model.ema import Average, averaged_weights
+from trainer.model.ema import Average
+from trainer.model.fragments import AVERAGE, MOMENTS, WEIGHTS, Fragments, open_fragments
+from trainer.model.shards import Shards
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
-_TAG = "policy"
-_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def init_distributed(use_gpu: bool) -> torch.device:
@@ -54,32 +53,6 @@ def init_distributed(use_gpu: bool) -> torch.device:
     return device
 
 
-def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the trained weights that Engine.save wrote on any number of workers; their average if the run has one.
-
-    Nothing in the files is executed: they may come from elsewhere.
-    """
-    whole = folder / _TAG / "mp_rank_00_model_states.pt"
-    if whole.is_file():  # stages 0 to 2
-        weights: dict[str, Tensor] = torch.load(whole, map_location="cpu", weights_only=True)["module"]
-    else:
-        with _tensors_only(), torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
-    return weights | averaged_weights(folder)
-
-
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Let torch.load unpickle known classes only, even if DeepSpeed asks it to run whatever a file says."""
-    before = os.environ.get(_TENSORS_ONLY)
-    os.environ[_TENSORS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_TENSORS_ONLY)
-        os.environ |= {} if before is None else {_TENSORS_ONLY: before}
-
-
 class Engine:
     """A policy and its optimizer under ZeRO. Every method is called on all workers, in the same order."""
 
@@ -88,10 +61,9 @@ class Engine:
         self._zero_stage = zero_stage
         self._num_backwards = num_backwards
         self._num_pending = 0
-        module = deepspeed_engine.module
-        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self._leaves_out_frozen = len(trained) < len(list(module.parameters()))
-        self._average = Average(trained, ema.decay, self._read, self._written) if ema else None
+        trained = {name: each for name, each in deepspeed_engine.module.named_parameters() if each.requires_grad}
+        self._shards = Shards(deepspeed_engine, trained, zero_stage)
+        self._average = Average(self._shards, ema.decay) if ema else None
 
     @classmethod
     def create(
@@ -110,13 +82,19 @@ class Engine:
         """
         settings = _settings(optimizer, engine, num_backwards, dtype)
         trainable = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-        wrapped, *_ = deepspeed.initialize(model=transformer, model_parameters=trainable, config=settings)
+        with redirect_stdout(StringIO()):  # stage 1 in bfloat16 prints the machine's memory, over and over
+            wrapped, *_ = deepspeed.initialize(model=transformer, model_parameters=trainable, config=settings)
         return cls(wrapped, engine.zero_stage, num_backwards, ema)
 
     @property
     def transformer(self) -> nn.Module:
         """Return what to call in place of the transformer, with gradient or without, equally often on every worker."""
         return self._deepspeed
+
+    @property
+    def trained_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of each trained parameter, whole, by name."""
+        return self._shards.shapes
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar loss / num_backwards; the step follows the mean over backwards and workers.
@@ -129,33 +107,78 @@ class Engine:
         self._num_pending += 1
 
     def step(self) -> float:
-        """Clip, update, clear the gradients. Return the norm of the whole gradient before clipping."""
+        """Clip, update, clear the gradients. Return the norm of the whole gradient before clipping.
+
+        If it is not finite, weights, average and AdamW's state stay as they are, on all workers.
+        """
         if self._num_pending != self._num_backwards:
             raise RuntimeError(f"{self._num_pending} backwards before a step, not {self._num_backwards}")
-        plain_norm = self._plain_grad_norm()
-        self._deepspeed.step()
-        self._num_pending = 0
-        if self._average is not None:
-            self._average.update()
-        return float(self._deepspeed.get_global_grad_norm()) if plain_norm is None else plain_norm
+        with self._shards.lock:
+            norm = self._plain_grad_norm()
+            with nullcontext() if norm is None or math.isfinite(norm) else self._without_update():
+                self._deepspeed.step()
+            self._num_pending = 0
+            norm = float(self._deepspeed.get_global_grad_norm()) if norm is None else norm
+            if self._average is not None and math.isfinite(norm):
+                self._average.update()
+        return norm
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write this worker's part of weights, average and optimizer state; the parts share one folder."""
-        self._deepspeed.save_checkpoint(
-            str(folder), tag=_TAG, client_state={"step": step}, exclude_frozen_parameters=self._leaves_out_frozen
-        )
-        if self._average is not None:
-            self._average.save(folder)
+    @torch.no_grad()
+    def snapshot(self) -> Fragments:
+        """Copy this worker's part of the training state to host memory. It waits for no other worker.
 
-    def load(self, folder: Path) -> int:
-        """Load what `save` wrote on the same number of workers. Return its step."""
-        if not (folder / _TAG).is_dir():
-            raise FileNotFoundError(f"no checkpoint of a policy in {folder}")
-        is_strict = not self._leaves_out_frozen
-        _, state = self._deepspeed.load_checkpoint(str(folder), tag=_TAG, load_module_strict=is_strict)
-        if self._average is not None:
-            self._average.load(folder)
-        return int(state["step"])
+        It may be called from another thread; an update waits until it is done.
+        """
+        shards, average = self._shards, self._average
+        with shards.lock:
+            own = {name: shard for name, shard in shards.items() if shard.own}
+            num_updates, values = shards.num_updates, {WEIGHTS: shards.weights()}
+            for kind in MOMENTS if num_updates else ():
+                values[kind] = {name: shards.moment(kind, shard, shard.own) for name, shard in own.items()}
+            if average is not None:
+                values[AVERAGE] = average.values
+            copied = {kind: {name: _copied(tensors[name]) for name in own} for kind, tensors in values.items()}
+            if self._deepspeed.device.type == "cuda":
+                torch.cuda.synchronize(self._deepspeed.device)
+        return Fragments(num_updates, shards.shapes, {name: shard.own for name, shard in own.items()}, copied)
+
+    @torch.no_grad()
+    def load(self, files: Sequence[Path]) -> None:
+        """Take up the training state that the snapshots of any number of workers, in any stage, wrote to `files`.
+
+        All workers call this together. Raise ValueError, with a parameter's name, if the files lack one or a part of
+        one, or are of another model; then nothing has changed.
+        """
+        shards, average = self._shards, self._average
+        with shards.lock, open_fragments(files) as state:
+            state.require(shards.shapes, has_average=average is not None)
+            shards.begin(state.num_updates)
+            for name, shard in shards.items():
+                shard.view(shard.flat, shard.held).copy_(state.read(WEIGHTS, name, shard.held))
+                for kind in state.kinds.intersection(MOMENTS):
+                    shards.moment(kind, shard, shard.held).copy_(state.read(kind, name, shard.held))
+                if average is not None:
+                    average.values[name].copy_(state.read(AVERAGE, name, shard.own))
+            shards.show()
+
+    @torch.no_grad()
+    def replace_weights(self, read: Callable[[str], Tensor]) -> None:
+        """Give policy and average other trained weights: `read` returns a parameter's, whole. All workers call this.
+
+        AdamW's state stays as it is: this is for weights that are drawn with and exported. Raise ValueError for a
+        weight of another shape.
+        """
+        shards = self._shards
+        with shards.lock:
+            for name, shape in shards.shapes.items():  # on every worker, so that all of them raise
+                whole = read(name)
+                if tuple(whole.shape) != shape:
+                    raise ValueError(f"{name} is {tuple(whole.shape)}, the policy's is {shape}")
+                if (shard := shards.of(name)) is not None:
+                    shard.view(shard.flat, shard.held).copy_(whole.reshape(-1)[shard.held.start : shard.held.stop])
+                    if self._average is not None:
+                        self._average.values[name].copy_(shard.weights)
+            shards.show()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Let the policy have its averaged weights, if there are any, within the context: for drawing and export."""
@@ -170,27 +193,18 @@ class Engine:
                 save(module)
         dist.barrier()
 
-    def _read(self, parameter: nn.Parameter) -> Tensor:
-        """Return the parameter's whole master weights in float32, on all workers."""
-        if self._zero_stage < 3 and parameter.dtype == torch.float32:
-            return parameter.data
-        return safe_get_full_fp32_param(parameter)
-
-    @contextmanager
-    def _written(self, parameter: nn.Parameter, by_rank: int) -> Iterator[None]:
-        """Let the parameter be whole within the context; afterwards all workers have it as worker `by_rank` left it."""
-        if self._zero_stage == 3:
-            with GatheredParameters([parameter], modifier_rank=by_rank):
-                yield
-        else:
-            yield
-            dist.broadcast(parameter.data, src=by_rank)
-
     def _finish_pending_backward(self) -> None:
         if self._num_pending == self._num_backwards:
             raise RuntimeError(f"more than {self._num_backwards} backwards before a step")
         if self._num_pending:
             self._deepspeed.step()  # between backwards it only counts; the weights move at the last one
+
+    @contextmanager
+    def _without_update(self) -> Iterator[None]:
+        """Let AdamW find no gradient in stage 0. In the others DeepSpeed skips an update that is not finite itself."""
+        hook = self._deepspeed.basic_optimizer.register_step_pre_hook(lambda adam, *_: adam.zero_grad())
+        yield
+        hook.remove()
 
     def _plain_grad_norm(self) -> float | None:
         """Return the norm in stage 0, which keeps whole, averaged gradients and reports none; None in other stages."""
@@ -203,6 +217,8 @@ class Engine:
 def _settings(
     optimizer: OptimizerConfig, engine: EngineConfig, num_backwards: int, dtype: torch.dtype
 ) -> dict[str, Any]:
+    # without it, bfloat16 gradients are summed in bfloat16, over backwards and over workers
+    summed_in_float32 = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     return {
         "train_micro_batch_size_per_gpu": engine.micro_batch,
         "gradient_accumulation_steps": num_backwards,
@@ -220,4 +236,11 @@ def _settings(
             },
         },
         "steps_per_print": None,
+        **(summed_in_float32 if dtype == torch.bfloat16 else {}),
     }
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, of a GPU's tensor once the GPU has come so far."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)

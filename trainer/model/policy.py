@@ -179,6 +179,14 @@ class Policy:
             raise ModelError(f"the transformer of {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
         require_finite(self.transformer, f"{folder}: transformer")
 
+    def source_weights(self) -> dict[str, Tensor]:
+        """Read the transformer's own weights, as they are on disk. Raise ModelError for a policy from no folder."""
+        if self.source is None:
+            raise ModelError("a model that was not loaded from a folder has no weights to go back to")
+        network = getattr(self.transformer, "module", self.transformer)  # which may be wrapped for training
+        loaded = type(network).from_pretrained(self.source, subfolder="transformer", torch_dtype=torch.float32)  # type: ignore[union-attr]  # diffusers' ModelMixin
+        return dict(loaded.state_dict())
+
     def restore_transformer(self) -> None:
         """Load the checkpoint's own weights again. Raise ModelError for a policy that came from no folder."""
         if self.source is None:
@@ -199,8 +207,8 @@ class Policy:
                 shutil.copytree(self.source / name, out_dir / name, dirs_exist_ok=True)
         for config in out_dir.glob("text_encoder*/config.json"):
             _load_in_float32(config)
-        shutil.copy(self.source / INDEX, out_dir / INDEX)
         transformer.save_pretrained(out_dir / "transformer")  # type: ignore[operator]  # diffusers' ModelMixin
+        shutil.copy(self.source / INDEX, out_dir / INDEX)
 
     def save_adapter(self, weights: Mapping[str, Tensor], settings: Mapping[str, Any], out_dir: Path) -> None:
         """Write a transformer's adapter (lora.adapter) as a folder that FluxPipeline.load_lora_weights loads."""

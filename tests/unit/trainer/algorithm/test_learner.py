@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +26,7 @@ from tests.local_reward import LocalReward
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
 from tests.workers import in_workers
 from trainer.algorithm.rollout import Sampling, sample
+from trainer.algorithm.step_metrics import StepMetrics, progress_line
 from trainer.data.conditioning import encoder, load_policy, manifest_of
 from trainer.data.prompt_embeddings import prepare, write_shard
 from trainer.model.loading import load_text_encoders
@@ -125,7 +129,9 @@ def take_steps(rank: int, runs: Sequence[tuple[RunConfig, Path]]) -> None:
     device = init_distributed(use_gpu=False)
     for run, path in runs:
         flux = load_policy(run, device)
-        engine = Engine.create(flux.transformer, run.optimizer, run.engine, num_backwards(run), torch.float32)
+        engine = Engine.create(
+            flux.transformer, run.optimizer, run.engine, num_backwards(run, dist.get_world_size()), torch.float32
+        )
         calls: list[object] = []
         flux.transformer.register_forward_hook(lambda *_, calls=calls: calls.append(None))
         reward = spread_score if run.method.kind == "grpo" else score
@@ -245,33 +251,68 @@ def break_step(rank: int, run: RunConfig) -> None:
     from trainer.algorithm.methods import make_learner, num_backwards
     from trainer.model.engine import Engine
 
+    optimizer = run.optimizer.model_copy(update={"max_skipped_updates": 2})
+    run = run.model_copy(update={"optimizer": optimizer})
     flux = Policy.load(run.model.path, torch.float32)
-    engine = Engine.create(flux.transformer, run.optimizer, run.engine, num_backwards(run), torch.float32)
+    engine = Engine.create(
+        flux.transformer, run.optimizer, run.engine, num_backwards(run, dist.get_world_size()), torch.float32
+    )
     encode = partial(flux.encode_prompts, max_sequence_length=MAX_SEQUENCE_LENGTH)
 
-    def step(reward: Any) -> None:
-        learner = make_learner(run, engine, flux, reward, encode)
-        for materials in learner.roll_out(STEP):
-            for material in materials:
-                learner.learn(material)
-            learner.update()
+    def make(reward: Any) -> Any:
+        return make_learner(run, engine, flux, reward, encode)
 
     where, branch = rf"^step 4, worker {rank}, prompts '[^']+'", "branch denoise"
     if run.method.kind == "direct_align":
         found, loss = f"{where}, {branch}", f"the loss of {branch}"
+        check_limit(make)
     else:
         found, loss = where, "the loss"
     with pytest.raises(StepError, match=rf"{found}: reward \('tiny',\) answered non-finite numbers"):
-        step(not_a_number)
-    with pytest.raises(StepError, match=rf"{where}: {loss} is not finite"):
-        step(far_below_zero)
-    if run.method.kind != "grpo":  # it requests no gradient
-        with pytest.raises(StepError, match=r"^step 4: the gradient's norm over all workers is (inf|nan)"):
-            step(steep)
+        take_step(make(not_a_number))
+    skipped = r"^step 4: the gradient's norm over all workers is (inf|nan); the update is skipped$"
+    wrong = [far_below_zero] if run.method.kind == "grpo" else [far_below_zero, steep]  # GRPO requests no gradient
+    for reward in wrong:
+        before = {name: weight.clone() for name, weight in flux.transformer.state_dict().items()}
+        numbers, printed = take_step(make(reward))
+        assert bool(re.match(f"{where}: {loss} is not finite\n", printed)) == (reward is far_below_zero)
+        assert re.search(skipped, printed, re.MULTILINE)
+        assert numbers["skipped_updates"] == 1
+        assert "update skipped" in progress_line(4, 4, numbers | {"seconds_step": 1.0})
+        assert all(before[name].equal(weight) for name, weight in flux.transformer.state_dict().items())
     for parameter in flux.transformer.parameters():
         torch.nn.init.constant_(parameter, math.nan)
     with pytest.raises(StepError, match=rf"{where}: a (clean|late) latent is not finite"):
-        step(score)
+        take_step(make(score))
+
+
+def take_step(learner: Any) -> tuple[dict[str, float], str]:
+    """Return the step's metrics and what it printed."""
+    with redirect_stdout(StringIO()) as printed:
+        for materials in learner.roll_out(STEP):
+            for material in materials:
+                learner.learn(material)
+            learner.update()
+    numbers = learner.metrics.mean_over_workers(torch.device("cpu"))
+    learner.metrics = StepMetrics()
+    return numbers, printed.getvalue()
+
+
+def check_limit(make: Any) -> None:
+    """Check that skipped updates end a run if there are too many in a row, and not if there is a good one between."""
+    from trainer.algorithm.learner import StepError
+
+    rewards = iter([far_below_zero, far_below_zero, score, far_below_zero, far_below_zero, far_below_zero])
+    reward: list[Any] = []
+    learner = make(lambda *request: reward[-1](*request))  # of which two may be skipped
+    for expected in (1, 1, 0, 1, 1):
+        reward.append(next(rewards))
+        numbers, _ = take_step(learner)
+        assert numbers["skipped_updates"] == expected
+        assert ("grad_norm" in numbers) == (expected == 0)
+    reward.append(next(rewards))
+    with pytest.raises(StepError, match=r"^step 4: .* 3 updates in a row .* optimizer.max_skipped_updates is 2$"):
+        take_step(learner)
 
 
 def refuse_delta_sigma(run: RunConfig) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import EmaConfig
 from tests.workers import in_workers
-from trainer.model.ema import averaged_weights
+from trainer.model.fragments import checkpoint_weights, open_fragments
 
 NUM_WORKERS = 2
 NUM_BACKWARDS = 4
@@ -55,12 +55,13 @@ def make_engine(
     dtype: torch.dtype = torch.float32,
     ema: EmaConfig | None = None,
     optimizer: OptimizerConfig = OPTIMIZER,
+    policy: nn.Module | None = None,
 ) -> Any:
     from trainer.model.engine import Engine, init_distributed
 
     init_distributed(use_gpu=False)
     config = EngineConfig(zero_stage=stage, num_workers=NUM_WORKERS, global_batch=NUM_WORKERS)  # type: ignore[arg-type]
-    return Engine.create(make_policy(dtype), optimizer, config, NUM_BACKWARDS, dtype, ema)
+    return Engine.create(policy or make_policy(dtype), optimizer, config, NUM_BACKWARDS, dtype, ema)
 
 
 def train(engine: Any, rank: int, steps: range) -> list[float]:
@@ -78,24 +79,25 @@ def check_stages(rank: int, folder: Path) -> None:
 
 
 def check_stage(rank: int, stage: int, folder: Path) -> None:
-    from trainer.model.engine import checkpoint_weights
-
     norms, weights = plain_steps(3)
     engine = make_engine(stage)
     torch.testing.assert_close(train(engine, rank, range(2)), norms[:2], rtol=1e-5, atol=1e-7)
     with pytest.raises(RuntimeError, match="0 backwards before a step, not 4"):
         engine.step()
-    engine.save(folder / f"part{stage}", step=2)
+    files = saved(engine, rank, folder / f"part{stage}")
 
     resumed = make_engine(stage)
-    assert resumed.load(folder / f"part{stage}") == 2
+    resumed.load(files)
     torch.testing.assert_close(train(resumed, rank, range(2, 3)), norms[2:], rtol=1e-5, atol=1e-7)
-    resumed.export(lambda policy: torch.save(policy.state_dict(), folder / f"{stage}.pt"))
-    exported = torch.load(folder / f"{stage}.pt")
-    torch.testing.assert_close(dict(exported), weights[3], rtol=0, atol=2e-5)
-    torch.testing.assert_close(dict(checkpoint_weights(folder / f"part{stage}")), weights[2], rtol=0, atol=2e-5)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        resumed.load(folder / "nowhere")
+    torch.testing.assert_close(whole_of(resumed, folder), weights[3], rtol=0, atol=2e-5)
+    torch.testing.assert_close(checkpoint_weights(files), weights[2], rtol=0, atol=2e-5)
+
+
+def saved(engine: Any, rank: int, folder: Path) -> list[Path]:
+    """The files of all workers' snapshots."""
+    engine.snapshot().save(folder / f"{rank}.safetensors")
+    dist.barrier()
+    return sorted(folder.glob("*.safetensors"))
 
 
 def check_trap(rank: int) -> None:
@@ -116,17 +118,27 @@ def check_bfloat16(rank: int) -> None:
         assert train(engine, rank, range(2)) == pytest.approx(norms, rel=0.05), f"stage {stage}"
 
 
+def check_bfloat16_sums(rank: int) -> None:
+    """256 + 1 is 256 in bfloat16: gradients of both must be summed in more, over backwards and over workers."""
+    for stage in (1, 2, 3):
+        engine = make_engine(stage, torch.bfloat16, policy=nn.Linear(64, 1, bias=False).bfloat16())
+        for index in range(NUM_BACKWARDS):
+            gradient = 256.0 if (rank, index) == (0, 0) else 1.0
+            engine.backward(engine.transformer(torch.full((1, 64), gradient, dtype=torch.bfloat16)).sum())
+        mean = (256 + NUM_WORKERS * NUM_BACKWARDS - 1) / (NUM_WORKERS * NUM_BACKWARDS)
+        assert engine.step() == pytest.approx(mean * 64**0.5, rel=1e-4), f"stage {stage}"
+
+
 def check_master_weights(rank: int, folder: Path) -> None:
     """Steps of 1e-4 are less than half of what bfloat16 tells apart above 0.13: rounded one by one, all are lost."""
     slow = OptimizerConfig(learning_rate=1e-4, weight_decay=0)
     start = make_policy(torch.bfloat16).state_dict()["0.weight"].float()
     large = start.abs() > 0.13
     for stage in (1, 2, 3):
-        engine = make_engine(stage, torch.bfloat16, EmaConfig(decay=1e-6), slow)  # forgets all but the last step
+        engine = make_engine(stage, torch.bfloat16, optimizer=slow)
         train(engine, rank, range(1))
-        engine.save(folder / f"{stage}", step=1)
-        dist.barrier()
-        master = averaged_weights(folder / f"{stage}")["0.weight"]
+        with open_fragments(saved(engine, rank, folder / f"{stage}")) as state:
+            master = state.read("weights", "0.weight", range(start.numel())).view(start.shape)
         assert ((master - start).abs()[large] > 5e-5).float().mean() > 0.9, "the masters keep the step"
         assert master.bfloat16().float()[large].equal(start[large]), "which is too small for bfloat16"
         train(engine, rank, range(1, 20))
@@ -142,9 +154,9 @@ def check_average(rank: int, folder: Path) -> None:
     for stage in (0, 1, 2, 3):
         engine = make_engine(stage, ema=EmaConfig(decay=0.75))
         train(engine, rank, range(2))
-        engine.save(folder / f"{stage}", step=2)
+        files = saved(engine, rank, folder / f"{stage}")
         resumed = make_engine(stage, ema=EmaConfig(decay=0.75))
-        resumed.load(folder / f"{stage}")
+        resumed.load(files)
         train(resumed, rank, range(2, 3))
         before = computed(resumed.transformer, rank)
         torch.testing.assert_close(before, computed(with_weights(weights[3]), rank), rtol=0, atol=1e-4)
@@ -153,9 +165,9 @@ def check_average(rank: int, folder: Path) -> None:
             now = computed(resumed.transformer, rank)
             torch.testing.assert_close(now, computed(with_weights(averaged), rank), rtol=0, atol=1e-4)
         assert computed(resumed.transformer, rank).equal(before), "training goes on from where it was"
-        make_engine(stage).save(folder / f"without{stage}", step=0)
+        without = saved(make_engine(stage), rank, folder / f"without{stage}")
         with pytest.raises(ValueError, match=r"has no average of \d.(weight|bias): was it made without ema"):
-            resumed.load(folder / f"without{stage}")
+            resumed.load(without)
 
 
 def whole_of(engine: Any, folder: Path) -> dict[str, Tensor]:
@@ -182,16 +194,16 @@ def test_every_stage_equals_plain_torch_through_save_load_and_export(tmp_path: P
     in_workers(NUM_WORKERS, check_stages, tmp_path)
 
 
-def test_two_forwards_before_their_backwards_are_wrong_in_stage_3() -> None:
-    in_workers(NUM_WORKERS, check_trap)
-
-
-def check_bfloat16_and_average(rank: int, folder: Path) -> None:
+def check_the_rest(rank: int, folder: Path) -> None:
+    check_trap(rank)
     check_bfloat16(rank)
+    check_bfloat16_sums(rank)
     for name, check in (("master", check_master_weights), ("average", check_average)):
         check(rank, folder / name)
 
 
-def test_bfloat16_keeps_gradient_and_small_steps_and_an_average_is_what_one_computes_by_hand(tmp_path: Path) -> None:
+def test_trap_of_two_forwards_is_there_bfloat16_keeps_small_steps_and_the_average_is_what_one_computes_by_hand(
+    tmp_path: Path,
+) -> None:
     """In one test, as it takes long to start workers."""
-    in_workers(NUM_WORKERS, check_bfloat16_and_average, tmp_path)
+    in_workers(NUM_WORKERS, check_the_rest, tmp_path)

@@ -14,6 +14,7 @@ from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import EmaConfig, FinetuneConfig
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
 from tests.workers import in_workers
+from trainer.model.fragments import checkpoint_weights
 from trainer.model.lora import adapter, add_adapter, whole, whole_weights
 from trainer.model.policy import Policy
 
@@ -104,7 +105,7 @@ def check_stages(rank: int, flux_folder: Path, folder: Path) -> None:
 
 def check_stage(rank: int, stage: int, flux_folder: Path, folder: Path) -> None:
     """Two steps, a checkpoint, and a third step by an engine that resumed; its whole weights, and the checkpoint's."""
-    from trainer.model.engine import Engine, checkpoint_weights, init_distributed
+    from trainer.model.engine import Engine, init_distributed
 
     init_distributed(use_gpu=False)
     config = EngineConfig(zero_stage=stage, num_workers=NUM_WORKERS, global_batch=NUM_WORKERS)  # type: ignore[arg-type]
@@ -120,14 +121,15 @@ def check_stage(rank: int, stage: int, flux_folder: Path, folder: Path) -> None:
     flux, engine = start()
     for _ in range(2):
         step(flux, engine)
-    engine.save(folder / f"{stage}", step=2)
+    engine.snapshot().save(folder / f"{stage}" / f"{rank}.safetensors")
     engine.export(lambda policy: torch.save(whole(policy, LORA).state_dict(), folder / f"{stage}-2.pt"))
     flux, engine = start()
-    engine.load(folder / f"{stage}")
+    files = sorted((folder / f"{stage}").glob("*.safetensors"))
+    engine.load(files)
     step(flux, engine)
     engine.export(lambda policy: torch.save(whole(policy, LORA).state_dict(), folder / f"{stage}-3.pt"))
     if rank == 0:
-        weights = checkpoint_weights(folder / f"{stage}")
+        weights = checkpoint_weights(files)
         assert all(".lora_" in name for name in weights), "the adapter alone"
         plain = Policy.load(str(flux_folder), torch.float32).transformer.state_dict()
         torch.save(whole_weights(plain | weights, LORA), folder / f"{stage}-2-checkpoint.pt")
