@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -31,6 +33,15 @@ def make_tiny_flux(folder: Path, *, seed: int = 0, use_dynamic_shifting: bool = 
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=use_dynamic_shifting, max_shift=1.15),
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def changed_copy(flux: Path, folder: Path) -> Path:
+    """Write a copy of a model with other weights in its last layer, and return its folder."""
+    shutil.copytree(flux, folder)
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"proj_out.weight": weights["proj_out.weight"] + 0.3}, file, metadata={"format": "pt"})
     return folder
 
 

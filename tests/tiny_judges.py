@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 
-from trainer.evaluation.judges import gaussian_of
+from trainer.evaluation.frechet import gaussian_of
 
 _SIZES = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
 

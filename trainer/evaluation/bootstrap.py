@@ -7,7 +7,6 @@ compared on the same draws of prompts, so the difficulty of a prompt cancels out
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,16 +31,14 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def draws_of_prompts(num_prompts: int, num_images_per_prompt: int, num_draws: int, seed: int) -> Iterator[Tensor]:
-    """Yield `num_draws` draws of prompts with replacement, each as the rows of all images of the prompts drawn.
+def draws_of_prompts(num_prompts: int, num_draws: int, seed: int) -> Tensor:
+    """Draw as many prompts as there are, with replacement, `num_draws` times.
 
-    Rows: (num_prompts · num_images_per_prompt,).
+    Return how often each draw has each prompt, (num_draws, num_prompts).
     """
     random = np.random.default_rng(seed)
-    within = torch.arange(num_images_per_prompt)
-    for _ in range(num_draws):
-        prompts = torch.from_numpy(random.integers(num_prompts, size=num_prompts))
-        yield (prompts[:, None] * num_images_per_prompt + within).flatten()
+    drawn = (random.integers(num_prompts, size=num_prompts) for _ in range(num_draws))
+    return torch.from_numpy(np.stack([np.bincount(prompts, minlength=num_prompts) for prompts in drawn]))
 
 
 def interval(value: float, drawn: Tensor, confidence: float) -> Interval:

@@ -22,6 +22,8 @@ from trainer.data.run_prompts import told_prompts
 from trainer.draws import evaluation_generator
 from trainer.model.policy import Policy
 
+Draw = Callable[[Sequence[int]], Tensor]  # indices of a set's images -> images (num_images, 3, height, width) uint8
+
 
 @dataclass(frozen=True, slots=True)
 class PictureSet:
@@ -42,6 +44,15 @@ class PictureSet:
         num_rounds = math.ceil(num_images / world_size)
         return [min(rank + turn * world_size, num_images - 1) for turn in range(num_rounds)]
 
+    def own_prompts(self) -> list[str]:
+        """Return the prompts of this worker's shard of all images."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return [self.prompts[index] for index in self.shard(len(self.prompts), rank, world_size)]
+
+    def chunks(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Return the indices in parts of `batch`, which are drawn at once."""
+        return [indices[start : start + self.batch] for start in range(0, len(indices), self.batch)]
+
     def draw(
         self,
         policy: Policy,
@@ -53,26 +64,20 @@ class PictureSet:
         All workers call this together. `encode` gives the conditioning of prompts of this worker's shard.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        indices = self.shard(num_images, rank, world_size)
-        chunks = [indices[start : start + self.batch] for start in range(0, len(indices), self.batch)]
-        images = torch.cat([self._draw_chunk(policy, encode, chunk) for chunk in chunks])
+        chunks = self.chunks(self.shard(num_images, rank, world_size))
+        images = torch.cat([self.draw_chunk(policy, encode, chunk) for chunk in chunks])
         parts = [torch.empty_like(images) for _ in range(world_size)] if rank == 0 else None
         dist.gather(images, parts)
         return torch.stack(parts, dim=1).flatten(0, 1)[:num_images].cpu() if parts else None
 
     def draw_alone(self, policy: Policy, encode: Encode) -> Tensor:
         """Draw all images in this process alone. Return (num_images, 3, height, width) uint8."""
-        indices = range(len(self.prompts))
-        chunks = [indices[start : start + self.batch] for start in range(0, len(indices), self.batch)]
-        return torch.cat([self._draw_chunk(policy, encode, chunk) for chunk in chunks]).cpu()
+        chunks = self.chunks(range(len(self.prompts)))
+        return torch.cat([self.draw_chunk(policy, encode, chunk) for chunk in chunks]).cpu()
 
     @torch.no_grad()
-    def _draw_chunk(
-        self,
-        policy: Policy,
-        encode: Encode,
-        indices: Sequence[int],
-    ) -> Tensor:
+    def draw_chunk(self, policy: Policy, encode: Encode, indices: Sequence[int]) -> Tensor:
+        """Draw the images of these indices at once: (num_indices, 3, height, width) uint8 on the policy's device."""
         size = self.sampling.height_px, self.sampling.width_px
         noise = policy.draw_noise([self.generator(self.seed, index) for index in indices], *size)
         conditioning = encode([self.prompts[index] for index in indices])
@@ -103,8 +108,10 @@ class Evaluation:
     numbers: dict[str, float]
 
     def save(self, path: Path) -> None:
-        """Write images and numbers to one safetensors file."""
-        save_file({"images": self.images}, path, metadata={"numbers": json.dumps(self.numbers)})
+        """Write images and numbers to one safetensors file, which is whole or absent whenever this process dies."""
+        draft = path.with_suffix(".draft")
+        save_file({"images": self.images}, draft, metadata={"numbers": json.dumps(self.numbers)})
+        draft.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:

@@ -1,21 +1,20 @@
 """Check a running training: at fixed steps measure its images, keep the numbers, and say whether the run must end.
 
-Worker 0 measures (measurements.py). Every worker keeps the numbers that the stop rules name, so all decide alike
-(stop_rules.py) and nobody waits for a worker that has stopped. The checkpoints contain these numbers.
+Each worker measures what it draws (shared_measurer.py). Every worker keeps the numbers that the stop rules name, so all
+decide alike (stop_rules.py) and nobody waits for a worker that has stopped. The checkpoints contain these numbers.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from services.clients.reward import RewardClient
 from services.config.evaluation import GuardConfig
@@ -23,59 +22,59 @@ from services.config.run import RunConfig
 from trainer.algorithm.rollout import Sampling
 from trainer.data.run_prompts import located_guard_prompts
 from trainer.draws import guard_generator
-from trainer.evaluation.drawing import PictureSet
+from trainer.evaluation.drawing import Draw, PictureSet
 from trainer.evaluation.judges import Judges
 from trainer.evaluation.measurements import Measurements, Measurer, metric_names
 from trainer.evaluation.real_pictures import truth_of
+from trainer.evaluation.shared_measurer import SharedMeasurer
 from trainer.evaluation.similarities import measures_of, reward_metrics
 from trainer.evaluation.stop_rules import Check, best_check, broken_rule, exported_check, require_sound_base
 
-_CHECKS_FILE = "guard.json"
 _BASE_IMAGES_FILE = "guard_base.safetensors"
 
 
 class Guard:
-    """The guard of a run, with the checks made so far. `settings` is the run's guard section.
-
-    Only worker 0 has a measurer.
-    """
+    """The guard of a run, with the checks made so far. `settings` is the run's guard section, `folder` the run's."""
 
     def __init__(
         self,
         config: RunConfig,
         settings: GuardConfig,
-        sampling: Sampling,
-        measurer: Measurer | None,
+        pictures: PictureSet,
+        measurer: Measurer,
         device: torch.device,
+        folder: Path,
     ) -> None:
         self._settings, self._num_steps = settings, config.num_steps
         self._wanted_distance = _distance_to_positive(config)
-        self._measurer, self._device = measurer, device
-        self._base_path = config.output_dir / config.name / _BASE_IMAGES_FILE
-        self._base: Measurements | None = None
+        self._device, self._base_path = device, folder / _BASE_IMAGES_FILE
+        self._measurer = SharedMeasurer(pictures, measurer, self._base_path)
         self._checks: list[Check] = []
-        num_each = settings.num_images_per_prompt
-        prompts = tuple(prompt for prompt in guard_prompts(config, settings) for _ in range(num_each))
-        self.pictures = PictureSet(prompts, config.seed, config.evaluation.batch, sampling, guard_generator)
+        self.pictures = pictures
 
     def is_due(self, step: int) -> bool:
-        """Return whether a check is due after `step` optimizer steps."""
-        return step % self._settings.every_num_steps == 0 or step == self._num_steps
+        """Return whether a check is due after `step` optimizer steps and has not been made."""
+        is_wanted = step % self._settings.every_num_steps == 0 or step == self._num_steps
+        return is_wanted and all(check.step != step for check in self._checks)
 
-    def check(self, step: int, images: Tensor | None) -> dict[str, float]:
-        """Measure the guard's images and keep the numbers that the rules name. Return all numbers, on worker 0.
+    def check(self, step: int, draw: Draw) -> dict[str, float]:
+        """Draw and measure the guard's images, keep the numbers that the rules name. Return all numbers, on worker 0.
 
-        All workers call this together; `images` are as PictureSet.draw returns them. Raises ValueError for a number
-        that is not finite, and at step 0 for a rule that the base model already breaks.
+        All workers call this together; the images of step 0 are the base model's. Raises ValueError for a number that
+        is not finite, and at step 0 for a rule that the base model already breaks.
         """
-        numbers = {} if self._measurer is None or images is None else self._measure(self._measurer, step, images)
+        measurements = self._measurer.measure(draw, of_base=step == 0)
+        numbers = {} if measurements is None else self._numbers(measurements)
+        if step == 0 and measurements is not None:
+            self._base_path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"images": measurements.images}, self._base_path)
         names = sorted(set(self._settings.metrics.values()))
         values = torch.tensor([numbers.get(name, math.nan) for name in names], dtype=torch.float64, device=self._device)
         dist.broadcast(values, src=0)
         kept = dict(zip(names, values.tolist(), strict=True))
         if wrong := {name: value for name, value in kept.items() if not math.isfinite(value)}:
             raise ValueError(f"step {step}: the guard cannot decide on numbers that are not finite: {wrong}")
-        self._checks = [check for check in self._checks if check.step < step] + [Check(step, kept)]
+        self._checks.append(Check(step, kept))
         require_sound_base(self._settings, self._checks[0])
         return numbers
 
@@ -94,37 +93,28 @@ class Guard:
         """Return the step whose weights the run exports if it ends at the last check."""
         return exported_check(self._settings, self._checks).step
 
+    @property
+    def best_step(self) -> int | None:
+        """Return the step of the best check so far; None before the first one."""
+        return best_check(self._settings, self._checks).step if self._checks else None
+
     def is_best(self, step: int) -> bool:
         """Return whether the last check was made at `step` and is the best so far, so that its weights must be kept."""
-        return self.last_step == step == best_check(self._settings, self._checks).step
+        return bool(self._checks) and self.last_step == step == self.best_step
 
-    def save(self, folder: Path) -> None:
-        """Write the checks so far into a checkpoint's folder."""
-        checks = [asdict(check) for check in self._checks]
-        (folder / _CHECKS_FILE).write_text(json.dumps(checks, indent=2) + "\n", encoding="utf-8")
+    def state(self) -> list[dict[str, Any]]:
+        """Return the checks so far, as a checkpoint keeps them."""
+        return [asdict(check) for check in self._checks]
 
-    def load(self, folder: Path) -> None:
-        """Read the checks that `save` wrote."""
-        checks = json.loads((folder / _CHECKS_FILE).read_text(encoding="utf-8"))
-        self._checks = [Check(**check) for check in checks]
+    def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Take the checks that `state` returned."""
+        self._checks = [Check(**check) for check in state]
 
-    def _measure(self, measurer: Measurer, step: int, images: Tensor) -> dict[str, float]:
-        base = None if step == 0 else self._base_measurements(measurer)
-        measurements = measurer.measure(images, self.pictures.prompts, base)
-        if step == 0:
-            self._base = measurements
-            self._base_path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"images": images}, self._base_path)
-        numbers = measurer.summarize(measurements)
+    def _numbers(self, measurements: Measurements) -> dict[str, float]:
+        numbers = self._measurer.summarize(measurements)
         if (distance := numbers.get(self._wanted_distance)) is not None:
             numbers["frechet_wanted"] = distance
         return {f"guard/{name}": number for name, number in numbers.items()}
-
-    def _base_measurements(self, measurer: Measurer) -> Measurements:
-        """Return those of the base model's images; a resumed run reads the images from its folder."""
-        if self._base is None:
-            self._base = measurer.measure(load_file(self._base_path)["images"], self.pictures.prompts)
-        return self._base
 
 
 def guard_prompts(config: RunConfig, settings: GuardConfig) -> tuple[str, ...]:
@@ -132,10 +122,22 @@ def guard_prompts(config: RunConfig, settings: GuardConfig) -> tuple[str, ...]:
     return tuple(each.prompt for each in located_guard_prompts(config, settings))
 
 
-def guard_measurer(config: RunConfig, settings: GuardConfig, client: RewardClient, judges: Judges | None) -> Measurer:
-    """Return what measures the images of the checks, by the rewards of `client`'s service, judges and real pictures."""
+def guard_pictures(config: RunConfig, settings: GuardConfig, sampling: Sampling) -> PictureSet:
+    """Return the images of every check. Raise PromptsError as guard_prompts does."""
+    num_each = settings.num_images_per_prompt
+    prompts = tuple(prompt for prompt in guard_prompts(config, settings) for _ in range(num_each))
+    return PictureSet(prompts, config.seed, config.evaluation.batch, sampling, guard_generator)
+
+
+def guard_measurer(
+    config: RunConfig, settings: GuardConfig, client: RewardClient, judges: Judges | None, prompts: Collection[str]
+) -> Measurer:
+    """Return what measures the images of the checks, by the rewards of `client`'s service, judges and real pictures.
+
+    prompts: those of which this worker measures images.
+    """
     rewards = measures_of(client, config, reward_metrics(config, settings.held_out_reward))
-    truth = truth_of(config, guard_prompts(config, settings))
+    truth = truth_of(config, prompts)
     evaluation, repeats = config.evaluation, settings.num_images_per_prompt
     return Measurer(rewards, judges, evaluation.reference_path, repeats, truth, evaluation.batch)
 

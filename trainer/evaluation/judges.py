@@ -19,30 +19,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification
 
 NUM_NEAREST = 5  # subject_top5
-
-
-def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
-    """Return the squared Fréchet distance of two Gaussians with means (d,) and covariances (d, d), in float64.
-
-    |m_a − m_b|² + tr(C_a + C_b − 2 (C_a C_b)^½), Heusel et al. 2017 (arXiv 1706.08500), equation 6.
-    """
-    mean_a, covariance_a, mean_b, covariance_b = (t.double() for t in (mean_a, covariance_a, mean_b, covariance_b))
-    # tr (C_a C_b)^½ by the symmetric C_a^½ C_b C_a^½, exact even for the rank-deficient covariance of few images
-    eigenvalues, vectors = torch.linalg.eigh(covariance_a)
-    root = vectors * eigenvalues.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
-    return max(float(distance), 0.0)
-
-
-def gaussian_of(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean (d,) and unbiased covariance (d, d) of features (num_images, d).
-
-    Raises ValueError for fewer than two images.
-    """
-    if len(features) < 2:
-        raise ValueError(f"{len(features)} image has no covariance: evaluation.prompts_path needs two prompts or more")
-    return features.double().mean(dim=0), torch.cov(features.double().T)
+_REFERENCE = "reference.safetensors"
 
 
 def is_among_nearest(embeddings: Tensor, references: Tensor, right: Tensor, num_nearest: int) -> Tensor:
@@ -56,59 +33,44 @@ def is_among_nearest(embeddings: Tensor, references: Tensor, right: Tensor, num_
 
 
 class Judges:
-    """A style classifier and a subject embedder, with their features of real pictures."""
+    """A style classifier and a subject embedder, with `references`, the numbers of real pictures (style_references)."""
 
-    def __init__(self, style: Any, subject: Any, reference: dict[str, Tensor], subjects: list[str]) -> None:
-        self._style, self._subject = style, subject
-        self._reference, self._row_of = reference, {label: row for row, label in enumerate(subjects)}
+    def __init__(self, style: Any, subject: Any, folder: Path) -> None:
+        self._style, self._subject, self.references = style, subject, style_references(folder)
+        self._embeddings = load_file(folder / _REFERENCE)["subject.embeddings"]
+        self._row_of = {label: row for row, label in enumerate(self.subjects(folder))}
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> Judges:
         """Load style/, subject/ and reference.safetensors. Raise FileNotFoundError, naming evaluation.judge_path."""
-        if not (folder / "reference.safetensors").is_file():
-            raise FileNotFoundError(
-                f"evaluation.judge_path {folder} has no reference.safetensors: give another, or null"
-            )
+        if not (folder / _REFERENCE).is_file():
+            raise FileNotFoundError(f"evaluation.judge_path {folder} has no {_REFERENCE}: give another, or null")
         style, subject = (  # dtype: on disk they may have another
             kind.from_pretrained(folder / name, dtype=torch.float32).eval().to(device)
             for name, kind in (("style", AutoModelForImageClassification), ("subject", AutoModel))
         )
-        return cls(style, subject, load_file(folder / "reference.safetensors"), cls.subjects(folder))
+        return cls(style, subject, folder)
 
     @staticmethod
     def subjects(folder: Path) -> list[str]:
         """Return the subjects that the judges in `folder` know, in the order of their embeddings."""
-        with safe_open(folder / "reference.safetensors", framework="pt") as file:
+        with safe_open(folder / _REFERENCE, framework="pt") as file:
             subjects: list[str] = json.loads(file.metadata()["subjects"])
         return subjects
 
     @staticmethod
     def metrics(folder: Path) -> set[str]:
         """Return the names of the numbers that the judges in `folder` give, without loading them."""
-        labels = json.loads((folder / "style" / "config.json").read_text(encoding="utf-8"))["id2label"].values()
-        with safe_open(folder / "reference.safetensors", framework="pt") as file:
-            measured = set(file.keys())
-        distances = {f"frechet_{name}" for name in labels if f"style.{name}.mean" in measured}
-        return {*(f"style_share_{name}" for name in labels), *distances, "subject_top5"}
-
-    @property
-    def references(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return mean and covariance of the features of each style's real pictures, by the distance's metric name.
-
-        A class without real pictures, such as "Spoiled", has none.
-        """
-        return {
-            f"frechet_{name}": (self._reference[f"style.{name}.mean"], self._reference[f"style.{name}.covariance"])
-            for name in self._style.config.id2label.values()
-            if f"style.{name}.mean" in self._reference
-        }
+        return {*(f"style_share_{name}" for name in _styles(folder)), *style_references(folder), "subject_top5"}
 
     @torch.no_grad()
-    def judge(self, images: Tensor, prompts: Sequence[str], batch: int) -> tuple[dict[str, Tensor], Tensor]:
+    def judge(
+        self, images: Tensor, prompts: Sequence[str], batch: int, candidates: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Judge each image: return values (num_images,) by metric name, and the style judge's features (num_images, d).
 
-        A value is 1 or 0: whether the image has a style, or its subject is recognized. Raises ValueError for a prompt
-        that is no known subject.
+        A value is 1 or 0: whether the image has a style, or its subject is recognized among `candidates`, which are
+        `prompts` unless given. Raises ValueError for a candidate that is no known subject.
         """
         pooled = self._pooled(images, batch)
         styles = self._style.classifier(pooled).argmax(dim=1).cpu()
@@ -116,7 +78,7 @@ class Judges:
             f"style_share_{name}": (styles == index).double() for index, name in self._style.config.id2label.items()
         }
         embeddings = [self._subject(_pixels(chunk, self._subject)).pooler_output for chunk in images.split(batch)]
-        recognized = self._recognized(torch.cat(embeddings).flatten(1).cpu(), prompts)
+        recognized = self._recognized(torch.cat(embeddings).flatten(1).cpu(), prompts, candidates or prompts)
         return values | {"subject_top5": recognized}, pooled.flatten(1).cpu()
 
     @torch.no_grad()
@@ -137,14 +99,30 @@ class Judges:
         parts = [self._style.base_model(_pixels(chunk, self._style)).pooler_output for chunk in images.split(batch)]
         return torch.cat(parts)
 
-    def _recognized(self, embeddings: Tensor, prompts: Sequence[str]) -> Tensor:
-        if unknown := sorted(set(prompts) - self._row_of.keys()):
+    def _recognized(self, embeddings: Tensor, prompts: Sequence[str], candidates: Sequence[str]) -> Tensor:
+        if unknown := sorted(set(candidates) - self._row_of.keys()):
             raise ValueError(f"evaluation.judge_path knows no subject {unknown[0]!r} ({len(unknown)} are unknown)")
-        candidates = list(dict.fromkeys(prompts))
-        rows = [self._row_of[label] for label in candidates]
-        right = torch.tensor([candidates.index(prompt) for prompt in prompts])
-        references = self._reference["subject.embeddings"][rows].float()
+        place_of = {label: place for place, label in enumerate(dict.fromkeys(candidates))}
+        references = self._embeddings[[self._row_of[label] for label in place_of]].float()
+        right = torch.tensor([place_of[prompt] for prompt in prompts])
         return is_among_nearest(embeddings, references, right, NUM_NEAREST)
+
+
+def style_references(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean (d,) and covariance (d, d) of the features of each style's real pictures, by the distance's metric.
+
+    A class without real pictures, such as "Spoiled", has none.
+    """
+    reference = load_file(folder / _REFERENCE)
+    return {
+        f"frechet_{name}": (reference[f"style.{name}.mean"], reference[f"style.{name}.covariance"])
+        for name in _styles(folder)
+        if f"style.{name}.mean" in reference
+    }
+
+
+def _styles(folder: Path) -> list[str]:
+    return list(json.loads((folder / "style" / "config.json").read_text(encoding="utf-8"))["id2label"].values())
 
 
 def _pixels(images: Tensor, judge: Any) -> Tensor:

@@ -1,36 +1,37 @@
-"""Measure the images of one policy: collect the values of rewards, judges and statistics, and reduce them to numbers.
+"""Measure the images of one policy: collect the values of rewards, judges and statistics, image by image.
 
     measurer = Measurer({"reward": similarities}, judges, reference_path=None, num_images_per_prompt=2)
     base = measurer.measure(base_images, prompts)
     aligned = measurer.measure(aligned_images, prompts, base)
     measurer.summarize(aligned)["frechet_Flat"]
 
-A row is an image. The num_images_per_prompt images of a prompt are consecutive, so that the bootstrap can draw rows
-prompt by prompt (bootstrap.py).
+A row is an image. Any part of the rows can be measured apart from the others (shared_measurer.py does), because only
+`summarize` looks at the whole set. The num_images_per_prompt images of a prompt are consecutive (summary.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trainer.evaluation.damage import THRESHOLDS, changes, damage
-from trainer.evaluation.judges import Judges, frechet_distance, gaussian_of
+from trainer.evaluation.damage import THRESHOLDS, changes
+from trainer.evaluation.frechet import gaussian_of
+from trainer.evaluation.judges import Judges
 from trainer.evaluation.paired import PAIRED, correlation, hue_distance, paired_values
-from trainer.evaluation.real_pictures import read_pictures
+from trainer.evaluation.real_pictures import picture_files, read_pictures
 from trainer.evaluation.statistics import (
     common_mode,
-    diversity,
     edge_strength,
     feature_distance,
     picture_features,
     picture_statistics,
     pixel_distance,
 )
+from trainer.evaluation.summary import summarize_draws
 
 # images (num_images, 3, height, width) uint8 with one prompt for each -> similarities (num_images,) under the positive
 # and under the negative word
@@ -41,6 +42,7 @@ _STATISTICS = (
 )  # fmt: skip
 _DRIFTS = ("base_pixel_distance", "base_feature_distance", "base_edge_correlation", "base_hue_distance")
 SUBJECT_SIMILARITY = "truth_subject_similarity"
+REFERENCE = "frechet_reference"
 _BATCH = 32  # images measured at a time
 
 
@@ -52,10 +54,15 @@ class Measurements:
     values: dict[str, Tensor]
     features: Tensor
 
-    def rows(self, rows: Tensor) -> Measurements:
-        """Return the values and features of these rows, in this order; a row may occur twice."""
-        values = {name: value[rows] for name, value in self.values.items()}
-        return Measurements(self.images, values, self.features[rows])
+    @classmethod
+    def join(cls, parts: Sequence[Measurements], rows: Sequence[int] = ()) -> Measurements:
+        """Return the rows of all parts, in this order, or sorted by the `rows` of the whole set that they are."""
+        order = torch.tensor(rows).argsort() if rows else slice(None)
+        return cls(
+            torch.cat([part.images for part in parts])[order],
+            {name: torch.cat([part.values[name] for part in parts])[order] for name in parts[0].values},
+            torch.cat([part.features for part in parts])[order],
+        )
 
 
 class Measurer:
@@ -76,20 +83,27 @@ class Measurer:
     ) -> None:
         self._rewards, self._judges, self._num_images_per_prompt = rewards, judges, num_images_per_prompt
         self._truth, self._batch = truth, batch
-        self._references = judges.references if judges else {}
         self._reference_path = reference_path
+        self.references = judges.references if judges else {}
 
-    def measure(self, images: Tensor, prompts: Sequence[str], base: Measurements | None = None) -> Measurements:
+    def measure(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        base: Measurements | None = None,
+        candidates: Sequence[str] = (),
+    ) -> Measurements:
         """Measure uint8 images, drawn for one prompt each.
 
-        `base` are the measurements of the base model's images, for the same prompts and seeds. Without `base` the
-        images are the base model's own.
+        `base` are the measurements of the base model's images, for the same prompts and seeds; its values are not used.
+        Without `base` the images are the base model's own. `candidates` are the prompts of the whole set of which these
+        are a part.
         """
         values = self._reward_values(images, prompts) | _by_batch(picture_statistics, images)
         if self._judges is None:
-            features = torch.cat([picture_features(chunk) for chunk in images.split(_BATCH)])
+            features = self.features(images)
         else:
-            judge_values, features = self._judges.judge(images, prompts, self._batch)
+            judge_values, features = self._judges.judge(images, prompts, self._batch, candidates)
             values |= judge_values
         if self._truth is not None:
             values |= self._compare(images, torch.stack([self._truth[prompt] for prompt in prompts]))
@@ -99,27 +113,33 @@ class Measurer:
         values["base_feature_distance"] = feature_distance(features, base.features)
         return measurements
 
-    def summarize(self, measurements: Measurements) -> dict[str, float]:
-        """Return the means of all values, and the numbers of the whole set: Fréchet distances and diversity."""
-        gaussian = gaussian_of(measurements.features)
-        numbers = {name: float(value.double().mean()) for name, value in measurements.values.items()}
-        numbers |= {
-            name: frechet_distance(*gaussian, *real) for name, real in self._reference_gaussians(measurements).items()
-        }
-        numbers["damage"] = damage(numbers)
-        by_prompt = measurements.features.double().unflatten(0, (-1, self._num_images_per_prompt))
-        numbers["diversity_prompts"] = float(diversity(by_prompt[:, 0]))
-        if self._num_images_per_prompt > 1:
-            numbers["diversity_seeds"] = float(diversity(by_prompt).mean())
-        return numbers
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features (num_images, d) of uint8 images: the style judge's, without judges picture_features."""
+        if self._judges is not None:
+            return self._judges.features(images, self._batch)
+        return torch.cat([picture_features(chunk) for chunk in images.split(_BATCH)])
 
-    def _reference_gaussians(self, measurements: Measurements) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Return mean and covariance of real pictures' features, by the metric name of the distance to them."""
-        if self._reference_path is not None and "frechet_reference" not in self._references:
-            real = read_pictures(self._reference_path, *measurements.images.shape[2:])
-            features = self._judges.features(real, self._batch) if self._judges else picture_features(real)
-            self._references = {**self._references, "frechet_reference": gaussian_of(features)}
-        return self._references
+    def summarize(self, measurements: Measurements) -> dict[str, float]:
+        """Return the means of all values, and the numbers of the whole set: Fréchet distances, damage, diversity."""
+        if self._reference_path is not None and REFERENCE not in self.references:
+            size = measurements.images.shape[2:]
+            self.use_reference(self.reference_features(chunk, *size) for chunk in self.reference_chunks())
+        whole = torch.ones(1, len(measurements.features) // self._num_images_per_prompt)
+        numbers = summarize_draws(measurements.values, measurements.features, whole, self.references)
+        return {name: float(number) for name, number in numbers.items()}
+
+    def reference_chunks(self) -> list[list[Path]]:
+        """Return the files of the folder of real pictures, as many at a time as judges see at once; none without it."""
+        files = picture_files(self._reference_path) if self._reference_path is not None else []
+        return [files[start : start + self._batch] for start in range(0, len(files), self._batch)]
+
+    def reference_features(self, files: Sequence[Path], height_px: int, width_px: int) -> Tensor:
+        """Return the features (num_files, d) of real pictures, cropped to the shape of the images."""
+        return self.features(read_pictures(files, height_px, width_px))
+
+    def use_reference(self, features: Iterable[Tensor]) -> None:
+        """Measure the distance to the real pictures with these features (…, d), which are all of reference_chunks."""
+        self.references = {**self.references, REFERENCE: gaussian_of(torch.cat(list(features)))}
 
     def _compare(self, images: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Return the distances of images to the real pictures of their prompts."""
@@ -148,7 +168,7 @@ def metric_names(
     names = {*rewards, *map(common_mode_name, rewards), *_STATISTICS, "diversity_prompts"}
     names |= {*_DRIFTS, *THRESHOLDS, "damage"}
     names |= Judges.metrics(judge_path) if judge_path else set()
-    names |= {"frechet_reference"} if reference_path else set()
+    names |= {REFERENCE} if reference_path else set()
     names |= {*PAIRED, *([SUBJECT_SIMILARITY] if judge_path else [])} if has_truth else set()
     return names | ({"diversity_seeds"} if num_images_per_prompt > 1 else set())
 

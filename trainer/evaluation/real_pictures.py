@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,13 @@ from trainer.data.captioned_images import DatasetError, list_images
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def read_pictures(folder: Path, height_px: int, width_px: int) -> Tensor:
-    """Read all pictures of a folder as (num_images, 3, height_px, width_px) uint8.
+def read_pictures(files: Iterable[Path], height_px: int, width_px: int) -> Tensor:
+    """Read pictures as (num_images, 3, height_px, width_px) uint8.
 
-    They are turned upright, laid on white, and cropped to the shape at their center. Raise ValueError as picture_files
-    does, or naming a file that is no picture.
+    They are turned upright, laid on white, and cropped to the shape at their center. Raise ValueError naming a file
+    that is no picture.
     """
-    return torch.stack([_read(file, height_px, width_px) for file in picture_files(folder)])
+    return torch.stack([_read(file, height_px, width_px) for file in files])
 
 
 def picture_files(folder: Path) -> list[Path]:

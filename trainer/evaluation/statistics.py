@@ -60,6 +60,11 @@ def picture_features(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(layers, _CELLS).flatten(1)
 
 
+def distances(features: Tensor) -> Tensor:
+    """Return the Euclidean distances (…, n, n) of all pairs of features within each set (…, n, d)."""
+    return torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def diversity(features: Tensor) -> Tensor:
     """Return the mean Euclidean distance (…) of all pairs of features within each set (…, n, d).
 
@@ -68,9 +73,7 @@ def diversity(features: Tensor) -> Tensor:
     num = features.shape[-2]
     if num < 2:
         raise ValueError(f"{num} picture has no diversity: two or more are needed")
-    return torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=(-2, -1)) / (
-        num * (num - 1)
-    )
+    return distances(features).sum(dim=(-2, -1)) / (num * (num - 1))
 
 
 def pixel_distance(images: Tensor, base: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = with_absolute_paths(load_run_config(args.run_file))
         images = images_of(config)
         check_cluster(os.environ.get("RAY_ADDRESS", ""))
-        connect(config)
+        connect(config, num_workers=1)
         manifest = encode(config, images)
     except (ConfigError, EncodeError, ClusterError, ValueError, OSError, ray.exceptions.RayError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)

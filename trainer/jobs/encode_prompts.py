@@ -66,8 +66,8 @@ def encode(config: RunConfig, folder: Path) -> None:
     if missing:
         size = config.prompts.shard_prompts
         shards = [missing[start : start + size] for start in range(0, len(missing), size)]
-        connect(config)
         try:
+            connect(config, num_workers=1)
             encode_shards(config, source, shards, prompt_encoder, len(missing), "prompts")
         finally:
             ray.shutdown()

@@ -21,6 +21,7 @@ import torch
 
 from services.config.run import RunConfig
 from trainer.runtime.cluster import worker_environment
+from trainer.runtime.resources import worker_resources
 
 _PROGRESS_EVERY_S = 5.0
 
@@ -43,9 +44,10 @@ def encode_shards(config: RunConfig, source: Path, shards: Sequence[Any], load: 
     written = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         ShardEncoder,
         fn_constructor_args=(config.model_dump_json(), source, load),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(engine.num_workers, len(rows))),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(engine.max_workers, len(rows))),
         num_cpus=engine.cpus_per_worker,
         num_gpus=int(engine.use_gpu),
+        memory=worker_resources(engine).get("memory"),
         runtime_env={"env_vars": worker_environment(config)},
     )
     done = 0

@@ -11,45 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny_judges import make_tiny_judges
-from trainer.evaluation.judges import Judges, frechet_distance, gaussian_of, is_among_nearest
+from trainer.evaluation.judges import Judges, is_among_nearest
 from trainer.evaluation.measurements import Measurer
 
 STYLES = ("3D", "Flat")
 SUBJECTS = tuple(f"subject {index}" for index in range(8))
 
 
-def random_gaussian(seed: int, size: int = 5) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    factor = torch.randn(size, size, generator=generator)
-    return torch.randn(size, generator=generator), factor @ factor.T
-
-
 def painted() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return (torch.rand(len(SUBJECTS), 3, 16, 16, generator=generator) * 256).to(torch.uint8)
-
-
-def test_distance_of_commuting_gaussians_has_a_closed_form() -> None:
-    deviations_a, deviations_b = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, 0.0, 0.5])
-    mean_a, mean_b = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 0.0])
-    distance = frechet_distance(mean_a, deviations_a.square().diag(), mean_b, deviations_b.square().diag())
-    closed = (mean_a - mean_b).square().sum() + (deviations_a - deviations_b).square().sum()
-    assert distance == pytest.approx(float(closed))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_distance_is_symmetric_and_zero_only_to_itself(seed: int) -> None:
-    a, b = random_gaussian(seed), random_gaussian(seed + 10)
-    assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a))
-    assert frechet_distance(*a, *a) < 1e-6 < frechet_distance(*a, *b)
-
-
-def test_distance_of_few_images_in_many_dimensions_is_finite() -> None:
-    few = gaussian_of(torch.randn(3, 20, generator=torch.Generator().manual_seed(0)))
-    assert frechet_distance(*few, *random_gaussian(0, 20)) > 0
-    assert frechet_distance(*few, *few) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="two prompts"):
-        gaussian_of(torch.zeros(1, 20))
 
 
 def test_only_the_right_ones_among_the_nearest_count() -> None:
@@ -109,6 +80,15 @@ def test_an_image_of_another_size_is_resized(judge_folder: Path) -> None:
     larger = painted().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     same, resized = (judged(judges, images) for images in (painted(), larger))
     assert resized["frechet_3D"] == pytest.approx(same["frechet_3D"], abs=3)
+
+
+def test_a_part_of_the_images_is_judged_among_the_prompts_of_all(judge_folder: Path) -> None:
+    judges = Judges.load(judge_folder, torch.device("cpu"))
+    images, told = painted(), [*SUBJECTS[1:], SUBJECTS[0]]  # none shows what it was told
+    whole, _ = judges.judge(images, told, batch=3)
+    assert 0 < whole["subject_top5"].sum() < len(images)
+    parts = [judges.judge(images[rows], told[rows], 3, told)[0]["subject_top5"] for rows in (slice(2), slice(2, None))]
+    assert torch.cat(parts).equal(whole["subject_top5"])
 
 
 def test_wrong_judges_and_unknown_subjects_are_named(judge_folder: Path, tmp_path: Path) -> None:

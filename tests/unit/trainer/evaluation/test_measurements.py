@@ -16,7 +16,7 @@ from services.config.dataset import CaptionedConfig
 from tests.tiny_judges import make_tiny_judges
 from trainer.data.captioned_images import DatasetError
 from trainer.evaluation.judges import Judges
-from trainer.evaluation.measurements import Measurer, metric_names
+from trainer.evaluation.measurements import Measurements, Measurer, metric_names
 from trainer.evaluation.real_pictures import picture_files, read_pictures, read_truth
 
 PROMPTS = ("cat", "cat", "dog", "dog", "key", "key")
@@ -49,13 +49,17 @@ def test_numbers_are_those_announced_and_the_judges_own(measurer: Measurer, tmp_
     assert numbers["reward"] == pytest.approx(2 * float(painted()[:, 0].double().mean()) / 255 - 1)
 
 
-def test_any_rows_give_the_numbers_of_just_these_pictures(measurer: Measurer) -> None:
-    rows = torch.tensor([4, 5, 0, 1, 4, 5])
-    drawn = measurer.summarize(measurer.measure(painted(), PROMPTS).rows(rows))
-    fresh = measurer.summarize(measurer.measure(painted()[rows], [PROMPTS[row] for row in rows]))
-    candidates_differ = {"subject_top5"}  # its candidates are the prompts that are evaluated
-    for name in drawn.keys() - candidates_differ:
-        assert drawn[name] == pytest.approx(fresh[name]), name
+def test_parts_of_the_images_measured_apart_are_the_whole(measurer: Measurer) -> None:
+    base, drawn = measurer.measure(255 - painted(), PROMPTS), painted()
+    whole = measurer.measure(drawn, PROMPTS, base)
+    parts, rows = [], ([1, 3, 5], [0, 2, 4])
+    for part in rows:
+        before = Measurements((255 - painted())[part], {}, base.features[part])
+        parts.append(measurer.measure(drawn[part], [PROMPTS[row] for row in part], before, PROMPTS))
+    joined = Measurements.join(parts, [row for part in rows for row in part])
+    assert joined.images.equal(whole.images)
+    torch.testing.assert_close(joined.features, whole.features, rtol=0, atol=1e-6)
+    torch.testing.assert_close(joined.values, whole.values, rtol=0, atol=1e-6)
 
 
 def test_distances_are_to_the_base_models_picture_of_the_same_row(measurer: Measurer) -> None:
@@ -82,7 +86,7 @@ def test_a_folder_of_real_pictures_is_a_distance_of_its_own(tmp_path: Path) -> N
     near, far = (measurer.summarize(measurer.measure(images, PROMPTS)) for images in (painted(), painted() // 2))
     assert near["frechet_reference"] == pytest.approx(0, abs=1e-6)
     assert far["frechet_reference"] > 0.1
-    assert torch.equal(read_pictures(tmp_path, 16, 16), painted())
+    assert torch.equal(read_pictures(picture_files(tmp_path), 16, 16), painted())
 
 
 def test_real_pictures_are_turned_upright_and_cropped_not_squeezed(tmp_path: Path) -> None:
@@ -91,7 +95,7 @@ def test_real_pictures_are_turned_upright_and_cropped_not_squeezed(tmp_path: Pat
     sideways[0x0112] = 6  # shown turned by 90 degrees clockwise
     to_pil_image(image).rotate(90).save(tmp_path / "a.png", exif=sideways)
     to_pil_image(F.pad(image, (8, 8))).save(tmp_path / "b.png")  # black at both sides
-    read = read_pictures(tmp_path, 16, 16)
+    read = read_pictures(picture_files(tmp_path), 16, 16)
     assert torch.equal(read[0], image)
     assert torch.equal(read[1], image)
 
@@ -100,7 +104,7 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("no picture", encoding="utf-8")
     with pytest.raises(ValueError, match=r"reference_path: .*a\.png is not a PNG, JPEG or WebP picture"):
-        read_pictures(tmp_path, 16, 16)
+        read_pictures(picture_files(tmp_path), 16, 16)
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError, match="has 1 PNG"):
         picture_files(tmp_path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +11,28 @@ import mlflow
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 
-from reward_server.models import ClipArgs
-from reward_server.scoring.worker import Worker, WorkerArgs
+from services.clients.checkpoint_store import CheckpointStore
 from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import FinetuneConfig
 from services.config.run import load_run_config
-from tests.serving import reward_app, serve_app
-from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
-from tests.tiny_models import make_tiny_clip
+from tests.tiny_flux import HEIGHT_PX, PROMPTS, WIDTH_PX, changed_copy
 from tests.workers import in_workers
-from trainer.jobs.evaluate import EvaluateError, main, named_folders
+from trainer.jobs.evaluate import main, named_folders
+from trainer.jobs.evaluate_share import EvaluateError
+from trainer.model.fragments import Fragments
 from trainer.model.lora import add_adapter, whole
 from trainer.model.policy import Policy
 
-
-@pytest.fixture(scope="module")
-def reward_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    clips = {name: tmp_path_factory.mktemp("clip") for name in ("trained", "held_out")}
-    kinds = {
-        name: ClipArgs(kind="clip", path=str(make_tiny_clip(clip, seed=len(name)))) for name, clip in clips.items()
-    }
-    with serve_app(reward_app(Worker(kinds, WorkerArgs()))) as url:
-        yield url
-
-
-@pytest.fixture
-def run_file(flux_folder: Path, reward_url: str, tmp_path: Path) -> Path:
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:4]), encoding="utf-8")
-    size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
-    run: dict[str, Any] = {
-        "name": "tiny",
-        "num_steps": 1,
-        "output_dir": str(tmp_path / "outputs"),
-        "model": {"path": str(flux_folder), **size},
-        "prompts": {"path": str(tmp_path / "prompts.txt")},
-        "control_words": {"positive": "3D", "negative": "Flat"},
-        "rewards": [{"name": "trained"}],
-        "reward_service": {"url": reward_url},
-        "optimizer": {"learning_rate": 1e-3},
-        "evaluation": {"prompts_path": str(tmp_path / "prompts.txt"), "num_steps": 2, "batch": 3},
-        "comparison": {"num_images_per_prompt": 2, "num_draws": 50},
-        "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
-    }
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(run), encoding="utf-8")
-    return path
-
-
-def changed(flux_folder: Path, folder: Path) -> Path:
-    """The model with other weights in its last layer."""
-    shutil.copytree(flux_folder, folder)
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    weights["proj_out.weight"] = weights["proj_out.weight"] + 0.3 * torch.ones_like(weights["proj_out.weight"])
-    save_file(weights, file, metadata={"format": "pt"})
-    return folder
+CHECKPOINT = "step_00000001_a"
 
 
 def test_base_and_others_get_numbers_with_intervals_a_report_and_a_record(
     run_file: Path, flux_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # MLflow lays artifacts beside
-    other = changed(flux_folder, tmp_path / "other")
+    other = changed_copy(flux_folder, tmp_path / "other")
     assert main([str(run_file), f"same={flux_folder}", str(other)]) == 0
     folder = tmp_path / "outputs" / "tiny" / "comparison"
     numbers = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
@@ -114,7 +69,7 @@ def test_a_model_stands_between_the_base_and_the_base_that_is_told_the_word(
     run["evaluation"]["truth"] = {"path": str(drawings)}
     run["evaluation"]["draws_oracle"] = True
     run_file.write_text(yaml.safe_dump(run), encoding="utf-8")
-    assert main([str(run_file), f"same={flux_folder}", str(changed(flux_folder, tmp_path / "other"))]) == 0
+    assert main([str(run_file), f"same={flux_folder}", str(changed_copy(flux_folder, tmp_path / "other"))]) == 0
     table = (tmp_path / "outputs/tiny/comparison/numbers.json").read_text(encoding="utf-8")
     numbers = json.loads(table)
     assert list(numbers) == ["base", "oracle", "same", "other"]
@@ -141,7 +96,10 @@ def save_policy(rank: int, flux_folder: Path, finetune: FinetuneConfig, zero_sta
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     optimizer, layout = OptimizerConfig(learning_rate=1e-3), EngineConfig(zero_stage=zero_stage)
     engine = Engine.create(flux.transformer, optimizer, layout, 1, torch.float32)
-    engine.save(folder / "checkpoint", step=1)
+    place = CheckpointStore(str(folder)).place(1, "a")
+    with place.written("policy_0.safetensors", rank) as path:
+        engine.snapshot().save(path)
+    place.complete({"step": 1}, num_workers=1)
     engine.export(lambda policy: flux.save_pipeline(whole(policy, finetune), folder / "model"))
 
 
@@ -158,8 +116,8 @@ def test_a_checkpoint_draws_what_its_exported_model_draws_whatever_was_looked_at
     run = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     run_file.write_text(yaml.safe_dump(run | {"finetune": finetune}), encoding="utf-8")
     in_workers(1, save_policy, flux_folder, FinetuneConfig.model_validate(finetune), zero_stage, tmp_path)
-    changed(flux_folder, tmp_path / "other")
-    assert main([str(run_file), "other", "checkpoint", "model"]) == 0
+    changed_copy(flux_folder, tmp_path / "other")
+    assert main([str(run_file), "other", f"checkpoint={CHECKPOINT}", "model"]) == 0
     numbers = json.loads((tmp_path / "outputs/tiny/comparison/numbers.json").read_text(encoding="utf-8"))
     of_checkpoint, of_model, of_other = (numbers[name] for name in ("checkpoint", "model", "other"))
     for name, number in of_model.items():
@@ -175,7 +133,7 @@ def test_what_is_not_there_is_named_in_one_line(run_file: Path, capsys: pytest.C
     assert main([str(run_file)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "outputs/tiny/model is neither a model folder nor a checkpoint" in error
+    assert "outputs/tiny/latest/model is neither a model folder nor a checkpoint" in error
     assert len(error.splitlines()) == 1
 
 
@@ -184,11 +142,15 @@ def test_a_checkpoint_that_is_not_the_runs_is_refused_and_no_code_in_it_is_run(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoint" / "policy").mkdir(parents=True)
-    module = {"x": torch.ones(1)} if damage == "other" else {"x": Trap(tmp_path / "sprung")}
-    torch.save({"module": module}, tmp_path / "checkpoint" / "policy" / "mp_rank_00_model_states.pt")
-    assert main([str(run_file), "checkpoint"]) == 1
-    assert "checkpoint is no checkpoint of this run" in capsys.readouterr().err
+    place = CheckpointStore(str(tmp_path)).place(1, "a")
+    with place.written("policy_0.safetensors", 0) as file:
+        if damage == "code":
+            torch.save({"x": Trap(tmp_path / "sprung")}, file)
+        else:
+            Fragments(1, {"x": (1,)}, {"x": range(1)}, {"weights": {"x": torch.ones(1)}}).save(file)
+    place.complete({"step": 1}, num_workers=1)
+    assert main([str(run_file), CHECKPOINT]) == 1
+    assert f"{CHECKPOINT} is no checkpoint of this run" in capsys.readouterr().err
     assert not (tmp_path / "sprung").exists()
 
 
