@@ -16,16 +16,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import requests
 import yaml
 
 from deploy.haproxy import proxy_environment
+from deploy.mlflow_database import ensure_database
 from deploy.process import OwnedProcess
+from deploy.serve_api import deploy, get, rewards_run
 from deploy.settings import (
     EXIT_INTERRUPTED,
     HOST,
@@ -38,7 +40,7 @@ from deploy.settings import (
     settings,
 )
 from deploy.signals import end_as_interrupted
-from services.clients.jobs import ADDRESS_VARIABLES, Jobs, JobsError, request_headers, token_path
+from services.clients.jobs import ADDRESS_VARIABLES, STOP_WAIT, Jobs, JobsError, request_headers, token_path
 from services.contract import READY_PATH
 
 _READY_TIMEOUT_S = 180.0  # about 15 s on two idle cores
@@ -99,12 +101,12 @@ class LocalServices:
         Raise JobsError. If Ray does not answer, return: its jobs end with it.
         """
         url = self.ray.notes().get("dashboard_url")  # not the settings' now: at another port another Ray may answer
-        if url is not None and self.ray.is_running() and _get(f"{url}/api/version", request_headers()) is not None:
+        if url is not None and self.ray.is_running() and get(f"{url}/api/version", request_headers()) is not None:
             jobs = Jobs(url)
             for job in jobs.list():
                 if job.is_alive:
                     print(f"stopping job {job.id} ({job.run})", flush=True)
-                    jobs.end(job.id)
+                    jobs.end(job.id, tell=partial(print, flush=True))
 
     def _start(self, process: OwnedProcess) -> None:
         print(f"starting {process.name} (log: {process.log_file})", flush=True)
@@ -130,13 +132,14 @@ class LocalServices:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # `python` in jobs
             "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
             "RAY_COLOR_PREFIX": "0",  # what jobs print is kept in files
+            **STOP_WAIT,  # also of jobs that Ray's own command submits
             **proxy_environment(temp_dir),
         }
         self.ray.start(command, ROOT, env, temp_dir=temp_dir, dashboard_url=self.settings.dashboard_url)
 
     def _start_mlflow(self) -> None:
         folder = self.settings.run_dir / "mlflow"
-        folder.mkdir(parents=True, exist_ok=True)
+        ensure_database(folder / "mlflow.db")
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(self.settings.mlflow_port)),
             *("--workers", "1"),
@@ -159,24 +162,24 @@ class LocalServices:
     def _wait_for_ray_and_rewards(self) -> None:
         api = f"{self.settings.dashboard_url}/api/serve/applications/"
         self._wait_for_ray(api)
-        _deploy(api, self._serve_config())
-        self._wait("reward service", self.ray, lambda: _rewards_run(api) and self._rewards_answer())
+        deploy(api, self._serve_config())
+        self._wait("reward service", self.ray, lambda: rewards_run(api) and self._rewards_answer())
 
     def _wait_for_ray(self, api: str) -> None:
         """Start Ray again after its fixed limit of 30 s: the first imports after an installation can take longer."""
         try:
-            self._wait("Ray", self.ray, lambda: _get(api, request_headers()) is not None)
+            self._wait("Ray", self.ray, lambda: get(api, request_headers()) is not None)
         except _EndedEarly:
             print("Ray gave up on a slow start; starting it once more", flush=True)
             self.down([self.ray])
             self._start_ray()
-            self._wait("Ray", self.ray, lambda: _get(api, request_headers()) is not None)
+            self._wait("Ray", self.ray, lambda: get(api, request_headers()) is not None)
 
     def _wait_for_mlflow(self) -> None:
-        self._wait("MLflow", self.mlflow, lambda: _get(f"{self.settings.mlflow_url}/health") is not None)
+        self._wait("MLflow", self.mlflow, lambda: get(f"{self.settings.mlflow_url}/health") is not None)
 
     def _rewards_answer(self) -> bool:
-        return _get(f"{self.settings.serve_url}{READY_PATH}") is not None
+        return get(f"{self.settings.serve_url}{READY_PATH}") is not None
 
     def _serve_config(self) -> dict[str, Any]:
         path = self.settings.serve_config
@@ -222,38 +225,6 @@ def ensure_token() -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32), encoding="utf-8")
-
-
-def _get(url: str, headers: Mapping[str, str] | None = None) -> Any:
-    """Return the answer's JSON or text, or None if there is no answer yet or it is an error."""
-    try:
-        answer = requests.get(url, headers=headers, timeout=10)
-    except requests.RequestException:
-        return None
-    if not answer.ok:
-        return None
-    return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
-
-
-def _deploy(api: str, config: dict[str, Any]) -> None:
-    """Send Ray Serve its configuration; the one already in force changes nothing."""
-    try:
-        answer = requests.put(api, json=config, headers=request_headers(), timeout=_READY_TIMEOUT_S)
-    except requests.RequestException as error:
-        raise LocalError(f"Ray Serve did not take its configuration: {error}") from error
-    if not answer.ok:
-        raise LocalError(f"Ray Serve refused its configuration: {answer.text.strip().splitlines()[-1]}")
-
-
-def _rewards_run(api: str) -> bool:
-    """Tell whether every application runs. Raise LocalError with Serve's own message for one that cannot."""
-    applications = (_get(api, request_headers()) or {}).get("applications", {})
-    for name, application in applications.items():
-        if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
-            messages = [application["message"], *(each["message"] for each in application["deployments"].values())]
-            cause = "\n".join(messages).strip().splitlines()[-1]  # the others are the way to it
-            raise LocalError(f"reward service: application {name} {application['status']}: {cause}")
-    return bool(applications) and all(each["status"] == "RUNNING" for each in applications.values())
 
 
 def _stop(process: OwnedProcess) -> bool:

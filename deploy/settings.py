@@ -21,6 +21,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 EXIT_INTERRUPTED = 130  # as shells have it
+_WORKER_PORTS = range(10_002, 20_000)  # of Ray's workers, which refuses to start if another of its ports is among them
 
 
 class LocalError(RuntimeError):
@@ -71,14 +72,14 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def check_port(name: str, port: int) -> None:
-    """Raise LocalError if something listens on the loopback port for `name`."""
+    """Raise LocalError if the port for `name` cannot be used, or something listens on it on loopback."""
+    cure = f"choose another with --{name}-port or SRPO_{name.upper()}_PORT"
+    if name == "dashboard" and port in _WORKER_PORTS:
+        first, last = _WORKER_PORTS[0], _WORKER_PORTS[-1]
+        raise LocalError(f"port {port} (dashboard) is one of Ray's workers' own, {first} to {last}: {cure}")
     with socket.socket() as probe:
-        if probe.connect_ex((HOST, port)) != 0:
-            return
-    raise LocalError(
-        f"port {port} ({name}) is busy{_listener(port)}: stop what listens there, "
-        f"or choose another with --{name}-port or SRPO_{name.upper()}_PORT"
-    )
+        if probe.connect_ex((HOST, port)) == 0:
+            raise LocalError(f"port {port} ({name}) is busy{_listener(port)}: stop what listens there, or {cure}")
 
 
 def free_port() -> int:

@@ -34,9 +34,9 @@ def reward_app(worker: Worker, limits: Limits = LIMITS, keys: Collection[str] = 
 
 
 @contextmanager
-def serve_app(app: ASGIApp) -> Iterator[str]:
+def serve_app(app: ASGIApp, port: int = 0) -> Iterator[str]:
     """The URL of `app`; connections wait in the socket's backlog until the server's loop runs, so nothing polls."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

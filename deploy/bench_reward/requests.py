@@ -22,6 +22,7 @@ from services.contract import (
     RewardRequest,
     WeightedReward,
 )
+from services.lines import read_lines
 
 PREFERENCE_SCALE = 0.1
 _NUM_PICTURES, _NUM_PROMPTS = 8, 64
@@ -44,7 +45,7 @@ class HttpRequest:
 
 def pairs(num_lines: int) -> list[PromptPair]:
     """Return pairs of prompts of so many lines: with a control word, one has 8 tokens on average, six have 26."""
-    lines = (ROOT / "deploy" / "tiny" / "prompts" / "train.txt").read_text(encoding="utf-8").splitlines()
+    lines = read_lines(ROOT / "deploy" / "tiny" / "prompts" / "train.txt")
     groups = [lines[start : start + num_lines] for start in range(0, _NUM_PROMPTS * num_lines, num_lines)]
     return [PromptPair(", ".join(group), "3D", "Flat") for group in groups]
 

@@ -23,12 +23,18 @@ from typing import TypeVar
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from services.clients.environment import carried
+
 T = TypeVar("T")
 logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it reports the end of every log
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # where `make up` starts Ray's dashboard, and Ray's own default
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the address that it is given
-_ALIVE = ("PENDING", "RUNNING")
+# Ray kills a job this long after it asked it to end. A training writes a checkpoint meanwhile; by default it has 3 s.
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "35"}
+_ENDS_WITHIN_S = 45.0  # those 35 s, and what Ray itself takes
+ALIVE = ("PENDING", "RUNNING")
 _POLL_S = 0.2
+_TELL_S = 5.0
 
 
 class JobsError(RuntimeError):
@@ -50,7 +56,7 @@ class Job:
     @property
     def is_alive(self) -> bool:
         """Whether the job has not ended."""
-        return self.status in _ALIVE
+        return self.status in ALIVE
 
 
 class Jobs:
@@ -68,13 +74,19 @@ class Jobs:
         `num_gpus` are for the program itself; trainings request the GPUs of their workers. The job runs in the caller's
         folder with the caller's Python, so the cluster must share the disk. For other clusters use
         `ray job submit --working-dir . -- python -m trainer.launch RUN.yaml`.
+
+        The job and its workers get the variables that environment.py names, keys and tokens among them, as the job's
+        runtime environment. Ray shows that to whoever has the cluster's token, and each node writes it into its
+        runtime_env_agent.log. Where that is too many, set the variables on the nodes and not at the caller.
         """
         command = shlex.join([sys.executable, "-m", program, str(run_file), *arguments])
         entrypoint = f"cd {shlex.quote(str(Path.cwd()))} && exec {command}"
-        metadata = {"run": str(run_file)}
         return self._ask(
             lambda: self._client.submit_job(
-                entrypoint=entrypoint, metadata=metadata, entrypoint_num_gpus=num_gpus or None
+                entrypoint=entrypoint,
+                metadata={"run": str(run_file)},
+                runtime_env={"env_vars": carried(os.environ) | STOP_WAIT},
+                entrypoint_num_gpus=num_gpus or None,
             )
         )
 
@@ -99,18 +111,22 @@ class Jobs:
                 yield piece
 
     def stop(self, job_id: str) -> None:
-        """Ask the job to end; Ray kills it after a few seconds. A job that has ended stays as it is."""
+        """Ask the job to end; Ray kills it after STOP_WAIT. A job that has ended stays as it is."""
         self._ask(lambda: self._client.stop_job(job_id))
 
-    def end(self, job_id: str, timeout_s: float = 10.0) -> str:
+    def end(self, job_id: str, tell: Callable[[str], object] = print, timeout_s: float = _ENDS_WITHIN_S) -> str:
         """Stop the job unless it has ended, wait until it has, at most `timeout_s`, and return its status.
 
-        Waiting lets the job close what it holds, its MLflow run above all, before the services go down.
+        Waiting lets the job write a checkpoint and close its MLflow run before the services go down. `tell` gets a line
+        every 5 s.
         """
-        if (status := self.status(job_id)) in _ALIVE:
+        if (status := self.status(job_id)) in ALIVE:
             self.stop(job_id)
-        deadline = time.monotonic() + timeout_s
-        while status in _ALIVE and time.monotonic() < deadline:
+        began = told = time.monotonic()
+        while status in ALIVE and (now := time.monotonic()) - began < timeout_s:
+            if now - told > _TELL_S:
+                tell(f"job {job_id} is ending ({now - began:.0f} s; a training writes a checkpoint)")
+                told = now
             time.sleep(_POLL_S)
             status = self.status(job_id)
         return status

@@ -30,6 +30,7 @@ from services.commands.word_effects import (
     rank_pairs,
 )
 from services.contract import PromptPair, RewardRequest, WeightedReward
+from services.lines import read_lines
 from services.pictures import read_picture
 
 _MAX_TEXTS_PER_REQUEST = 8
@@ -134,7 +135,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_lines(file)]
     except (OSError, UnicodeDecodeError) as error:
         raise TrialError(f"cannot read {file}: {error}") from error
     return [line for line in lines if line]

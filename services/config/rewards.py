@@ -144,5 +144,9 @@ class RewardServiceConfig(Frozen):
     """How long one attempt waits for the network, in seconds."""
 
     max_attempts: Positive = 12
-    """How often a request that failed is sent, in all. Waits in between double from 0.5 to 10 s, together 75 s or more:
-    a killed replica takes 10 to 40 s to come back."""
+    """How often a request that failed is sent, in all, before and after a training. Waits in between double from 0.5 to
+    10 s, together 75 s or more: a killed replica takes 10 to 40 s to come back."""
+
+    patience_minutes: PositiveFloat = 10.0
+    """How long a training waits, in all its workers, for a service that has gone away. It says so every 30 s, and goes
+    on as soon as the service answers. After that the run ends."""

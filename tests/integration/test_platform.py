@@ -5,8 +5,10 @@ One set of services for the whole file, at tiny size with random weights; nothin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -244,6 +246,30 @@ def test_a_stopped_job_ends(services: LocalServices, folder: Path, run_files: li
     jobs.stop(job_id)
     list(jobs.follow(job_id))
     assert jobs.status(job_id) == "STOPPED"
+
+
+def test_a_job_sees_the_caller_s_keys_prints_none_and_has_time_to_end(
+    services: LocalServices, run_files: list[Path], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(ROOT)
+    key = f"key-{secrets.token_hex(8)}"
+    for name in ("SRPO_API_KEY", "MLFLOW_TRACKING_TOKEN", "no_proxy"):
+        monkeypatch.setenv(name, key)
+    jobs, printed, told = Jobs(services.settings.dashboard_url), "", list[str]()
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    job_id = jobs.submit(run_files[0], [digest], program="tests.integration.slow_to_end")
+    for piece in jobs.follow(job_id):
+        printed += piece
+        if "ready" in printed and not told:
+            told.append("")
+            assert jobs.end(job_id, told.append) == "STOPPED"
+    seen = "MLFLOW_TRACKING_TOKEN SRPO_API_KEY no_proxy"
+    assert f"driver: {seen}\n" in printed
+    assert f"worker: {seen}\n" in printed
+    assert printed.endswith("checkpoint written\n")
+    assert told[1].startswith(f"job {job_id} is ending (5 s; ")
+    assert key not in printed
+    assert key not in "".join(file.read_text() for file in (services.settings.run_dir / "logs").iterdir())
 
 
 def test_demo_shows_both_directions_and_leaves_running_services_up(

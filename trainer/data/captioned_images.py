@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from services.config.dataset import CaptionedConfig
+from services.lines import read_text
 from services.pictures import PictureError, open_picture, read_pixels
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -171,13 +172,13 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    numbered = enumerate(_text(file).splitlines(), start=1)
+    numbered = enumerate(_text(file).split("\n"), start=1)
     return ((number, line) for number, line in numbered if line.strip())
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise _Wrong(f"path: cannot read {file} as UTF-8 text: {error}") from error
 

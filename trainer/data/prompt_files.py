@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from services.config.prompts import Benchmark, PromptsPath
+from services.lines import read_lines
 
 _BENCHMARK_STYLES = ("anime", "concept-art", "paintings", "photo")
 _SHOWN_CHARACTERS = 60
@@ -54,13 +55,13 @@ def locate_prompts(path: PromptsPath, column: str) -> list[LocatedPrompt]:
 
 
 def _text(path: Path, _: str) -> Iterator[LocatedPrompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             yield LocatedPrompt(line.strip(), f"{path}, line {number}")
 
 
 def _json_lines(path: Path, column: str) -> Iterator[LocatedPrompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"

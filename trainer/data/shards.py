@@ -9,10 +9,11 @@ Prompt embeddings and image latents both lie like this. A file has its name only
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -57,7 +58,7 @@ class Shards:
             raise self.error(f"{self.key} {self.folder} has no {MANIFEST}: {self.cure}") from error
         except (OSError, ValidationError, UnicodeDecodeError) as error:
             problem = _first_problem(error) if isinstance(error, ValidationError) else error
-            raise self.error(f"{self.key}: {path} cannot be read ({problem}): delete it and {self.cure}") from error
+            raise self._unreadable(path, error, problem) from error
 
     def write_manifest(self, manifest: Frozen) -> Path:
         """Write it whole, so that a reader sees the old one or the new one. Return its path."""
@@ -71,7 +72,7 @@ class Shards:
     def read_row(self, path: Path, row: int) -> dict[str, Tensor]:
         """Return one row, (1, …), of each tensor of a shard; the file is mapped, so that a row costs its own bytes."""
         try:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 return {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118  # no mapping
         except (OSError, SafetensorError) as error:
             raise self._unreadable(path, error) from error
@@ -79,7 +80,7 @@ class Shards:
     def read_metadata(self, path: Path, name: str) -> str:
         """Return the text that `write` stored under `name`."""
         try:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 text: str = file.metadata()[name]
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise self._unreadable(path, error) from error
@@ -90,8 +91,19 @@ class Shards:
         for partial in self.folder.glob(f"*{_PARTIAL}"):
             partial.unlink()
 
-    def _unreadable(self, path: Path, error: Exception) -> ValueError:
-        return self.error(f"{self.key}: cannot read {path} ({error}): delete it and {self.cure}")
+    def _unreadable(self, path: Path, error: Exception, problem: object = None) -> ValueError:
+        if isinstance(error, FileNotFoundError):
+            cure = f": {self.cure}"
+        else:  # the file behind a failing drive may be whole
+            cure = "" if isinstance(error, OSError) else f": delete it and {self.cure}"
+        return self.error(f"{self.key}: cannot read {path} ({problem or error}){cure}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    path.open("rb").close()  # safetensors calls every file that it cannot open absent
+    with safe_open(path, framework="pt") as file:
+        yield file
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 
 import ray
 
+from services.clients.environment import carried
 from services.config.run import RunConfig
+from trainer.runtime.resources import Asked, ClusterError, require_room
+
+__all__ = ["ClusterError", "check_cluster", "connect", "worker_environment"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONNECT_TIMEOUT_S = 5
-
-
-class ClusterError(RuntimeError):
-    """No cluster answers; the text names the address and the cure."""
 
 
 def check_cluster(address: str) -> None:
@@ -33,25 +33,26 @@ def check_cluster(address: str) -> None:
         ) from error
 
 
-def connect(config: RunConfig) -> None:
-    """Join the cluster at RAY_ADDRESS or on this machine; if there is none, start one that ends with this process."""
-    num_cpus = math.ceil(config.engine.num_workers * config.engine.cpus_per_worker)
+def connect(config: RunConfig, num_workers: int | None = None) -> None:
+    """Join the cluster at RAY_ADDRESS or on this machine; if there is none, start one that ends with this process.
+
+    Raise ClusterError if it can never hold `num_workers` workers of the run, by default the fewest.
+    """
+    asked = Asked.of(config.engine, num_workers)
     try:
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), logging_level="WARNING")
     except ConnectionError:
         if "RAY_ADDRESS" in os.environ:
             raise
-        cores = max(num_cpus, os.cpu_count() or 1)
+        cores = max(math.ceil(asked.total("CPU")), os.cpu_count() or 1)
         ray.init(address="local", num_cpus=cores, include_dashboard=False, logging_level="WARNING")
-    present = ray.cluster_resources().get("CPU", 0)
-    if present < num_cpus:
-        print(f"waiting for {num_cpus} CPUs (engine.num_workers × cpus_per_worker): the cluster has {present:g}")
+    require_room(asked)
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:
     """Return the environment variables of a worker of the run."""
     python_path = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
+    environment = carried(os.environ) | {
         "PYTHONPATH": os.pathsep.join(python_path),  # a checkout that is not installed
         "OMP_NUM_THREADS": str(config.engine.threads_per_worker),  # read on import, before torch.set_num_threads
         "TOKENIZERS_PARALLELISM": "false",

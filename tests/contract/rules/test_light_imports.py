@@ -22,20 +22,32 @@ LIGHT = [
     "services.commands.steer",
     "services.config.steering",
     "services.clients.tracking",
+    "services.clients.spool",
+    "services.clients.delivery",
+    "services.commands.sync",
     "services.commands.rank_words",
 ]
 GIANTS = {"torch", "ray", "diffusers", "transformers", "open_clip"}
 
 
-def giants_imported_by(module: str) -> set[str]:
+def modules_imported_by(module: str) -> set[str]:
     program = f"import json, sys; import {module}; print(json.dumps(list(sys.modules)))"
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    return GIANTS & set(json.loads(finished.stdout.splitlines()[-1]))
+    return set(json.loads(finished.stdout.splitlines()[-1]))
+
+
+def giants_imported_by(module: str) -> set[str]:
+    return GIANTS & modules_imported_by(module)
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_a_light_file_imports_no_giant(module: str) -> None:
     assert giants_imported_by(module) == set()
+
+
+def test_a_spool_needs_no_mlflow() -> None:
+    assert "mlflow" not in modules_imported_by("services.clients.spool")
+    assert "mlflow" not in modules_imported_by("services.commands.sync")  # not before it has something to do
 
 
 def test_the_check_can_fail() -> None:

@@ -173,6 +173,31 @@ def test_every_container_is_confined(manifests: list[dict[str, Any]]) -> None:
 
 
 @EVERY
+def test_what_hub_and_bucket_need_may_be_left_out_of_the_secret(manifests: list[dict[str, Any]]) -> None:
+    nodes = [container for pod in pods_in(manifests) for container in pod["containers"] if "livenessProbe" in container]
+    assert nodes
+    for container in nodes:
+        references = {each["name"]: each.get("valueFrom", {}).get("secretKeyRef", {}) for each in container["env"]}
+        for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            assert references[name]["optional"] is True
+
+
+def test_a_worker_s_pod_has_the_memory_that_ray_reserves_for_it() -> None:
+    engine = TINY.engine.model_copy(update={"memory_gib_per_worker": 5.5})
+    (group,) = ray_resource(rayjob(TINY.model_copy(update={"engine": engine}), on_gpu=False))["spec"]["rayClusterSpec"][
+        "workerGroupSpecs"
+    ]
+    (pod,) = pods_in(group)
+    assert pod["containers"][0]["resources"]["limits"]["memory"] == "6Gi"
+
+
+def test_a_job_that_is_stopped_has_time_for_a_checkpoint() -> None:
+    (pod,) = pods_in(ray_resource(MANIFESTS["training"])["spec"]["rayClusterSpec"]["headGroupSpec"])
+    values = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+    assert int(values["RAY_JOB_STOP_WAIT_TIME_S"] or 0) > 30
+
+
+@EVERY
 def test_secrets_are_references(manifests: list[dict[str, Any]]) -> None:
     variables = [each for pod in pods_in(manifests) for container in pod["containers"] for each in container["env"]]
     secret = [each for each in variables if any(word in each["name"] for word in ("KEY", "TOKEN", "PASSWORD", "USER"))]

@@ -37,6 +37,19 @@ def test_a_free_port_is_no_error() -> None:
     check_port("serve", free_port())
 
 
+def test_a_port_of_rays_workers_is_refused_for_the_dashboard_in_one_line(tmp_path: Path) -> None:
+    result = make_up(tmp_path, {each: free_port() for each in PORTS} | {"dashboard": 18_265})
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    for part in ("port 18265 (dashboard)", "10002 to 19999", "--dashboard-port", "SRPO_DASHBOARD_PORT"):
+        assert part in line
+    assert not (tmp_path / "run").exists()
+    for port in (10_002, 19_999):
+        with pytest.raises(LocalError, match="one of Ray's workers' own"):
+            check_port("dashboard", port)
+    check_port("serve", free_port())
+
+
 def test_down_with_nothing_up_is_no_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deploy.local", "down", f"--run-dir={tmp_path}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)

@@ -156,7 +156,7 @@ def set_in_manifest(folder: Path, key: str, value: str) -> None:
     [
         (without_a_shard, {}, ["lacks 48x32-3.safetensors", "srpo encode-images"]),
         (without_a_manifest, {}, ["has no manifest.json", "srpo encode-images"]),
-        (other_manifest, {}, ["manifest.json cannot be read (vae_checksum: Field required)", "srpo encode-images"]),
+        (other_manifest, {}, ["manifest.json (vae_checksum: Field required)", "srpo encode-images"]),
         (encoded_elsewhere, {}, ["was encoded from /another/dataset, and dataset.path is", "srpo encode-images"]),
         (encoded_in_another_dtype, {}, ["encoded in bfloat16, and model.dtype is float32", "srpo encode-images"]),
         (

@@ -74,6 +74,20 @@ def test_every_layout_gives_the_images_with_their_captions(
     assert np.array_equal(pixels, np.asarray(photo(20, 30 + ord("a") % 7)).transpose(2, 0, 1))
 
 
+def test_byte_order_marks_are_no_text_and_only_line_breaks_end_a_line(tmp_path: Path) -> None:
+    made = with_metadata(tmp_path)
+    file = tmp_path / "metadata.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    lines[0]["said"] = "a red\u2028heart"
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    file.write_text(text, encoding="utf-8-sig", newline="")
+    assert [image.caption for image in list_images(made)] == ["a red heart", "piñata", "two cats"]  # of one line each
+    file.unlink()
+    for name, caption in CAPTIONS.items():
+        (tmp_path / "pictures" / name).with_suffix(".txt").write_text(caption, encoding="utf-8-sig")
+    assert [image.caption for image in list_images(made)] == list(CAPTIONS.values())
+
+
 def spoil_metadata(line: object) -> Callable[[Path], DatasetConfig]:
     def lay_out(folder: Path) -> DatasetConfig:
         made = with_metadata(folder)

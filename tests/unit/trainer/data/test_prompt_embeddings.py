@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_used_is_named(folder: Path, tmp_path: Path) -> 
     with pytest.raises(EmbeddingsError, match=rf"cannot read .*{shard.name} .*: delete it and run"):
         Embeddings.open(folder, MANIFEST)
     (folder / "manifest.json").write_text("{", encoding="utf-8")
-    with pytest.raises(EmbeddingsError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(EmbeddingsError, match=r"cannot read .*manifest\.json"):
         Embeddings.open(folder, MANIFEST)
     (folder / "manifest.json").unlink()
     with pytest.raises(EmbeddingsError, match=r"has files but no manifest\.json"):

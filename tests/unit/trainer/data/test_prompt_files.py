@@ -41,6 +41,17 @@ def test_a_text_file_is_read_line_by_line(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_breaks_end_a_prompt(inside: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"red{inside}heart\rkey\r\n\ntulip\n".encode())
+    assert locate_prompts(path, "prompt") == [
+        LocatedPrompt(f"red{inside}heart", f"{path}, line 1"),
+        LocatedPrompt("key", f"{path}, line 2"),
+        LocatedPrompt("tulip", f"{path}, line 4"),
+    ]
+
+
 # what is put into a file comes out of it, with the spaces around it taken off
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip), min_size=1, max_size=5))
 def test_json_lines_and_parquet_hold_any_text(tmp_path_factory: pytest.TempPathFactory, prompts: list[str]) -> None:

@@ -1,9 +1,9 @@
-"""Steering on a real MLflow run: what it applies, refuses and restores after a restart, and a silent MLflow."""
+"""Steering of a run: what it applies, refuses and restores after a restart, and a silent MLflow."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from services.clients.tracking import Tracker
+from services.clients.spool import Spool
+from services.clients.tracking import TrackingError
 from services.config.run import RunConfig, load_run_config
 from services.config.steering import ERROR_TAG, TAG, Steering, SteeringError, version_tag
 from trainer.runtime.steering import LiveSteering, UnansweredError
@@ -26,8 +27,27 @@ def refuse_long_words(config: RunConfig) -> None:
         raise SteeringError("reward fluent-clip does not accept it")
 
 
-def make_steering(tracker: Tracker) -> LiveSteering:
-    return LiveSteering(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), refuse_long_words)
+class Run:
+    """A run's record, and the tags of its MLflow run: what a person has set there, and what the record has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.record, self.requested, self.is_silent = Spool(folder), dict[str, str](), False
+        self.step = 0
+
+    def tags(self) -> dict[str, str]:
+        if self.is_silent:
+            raise TrackingError("MLflow at nowhere does not answer")
+        names = [ERROR_TAG, *(version_tag(number) for number in range(1, 9))]
+        return self.requested | {name: value for name in names if (value := self.record.tag(name)) is not None}
+
+    def steering(self, check: Callable[[RunConfig], None] | None = None) -> LiveSteering:
+        return LiveSteering(load_run_config(RUN), CPU, self.record, self.tags, check or refuse_long_words)
+
+    def take_step(self, steering: LiveSteering) -> None:
+        """Sync as before a step, and record the step."""
+        steering.sync(self.step)
+        self.step += 1
+        self.record.log_metrics("step", {"steering_version": steering.in_force.version}, self.step)
 
 
 def words(steering: LiveSteering) -> tuple[str, str]:
@@ -41,37 +61,29 @@ def lone_worker() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
 @pytest.fixture
-def tracker(uri: str) -> Tracker:
-    return Tracker.start(uri, "test", "steered")
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
 
 
-def test_it_applies_the_tag_and_keeps_the_history(tracker: Tracker, capsys: pytest.CaptureFixture[str]) -> None:
-    steering = make_steering(tracker)
-    steering.sync()
+def test_it_applies_the_tag_and_keeps_the_history(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    steering = run.steering()
+    run.take_step(steering)
     assert (steering.in_force.version, words(steering)) == (0, ("3D", "Flat"))
-    tracker.set_tag(TAG, Steering(positive="Flat", negative="3D", version=1).to_tag())
+    run.requested[TAG] = Steering(positive="Flat", negative="3D", version=1).to_tag()
     for _ in range(2):
-        steering.sync()
+        run.take_step(steering)
         assert (steering.in_force.version, words(steering)) == (1, ("Flat", "3D"))
-    tracker.set_tag(TAG, '{"positive": "Öl", "negative": "3D", "preference_scale": 0.5, "version": 1}')  # by hand
+    run.requested[TAG] = '{"positive": "Öl", "negative": "3D", "preference_scale": 0.5, "version": 1}'  # by hand
     for _ in range(2):
-        steering.sync()
+        run.take_step(steering)
         assert (steering.in_force.version, words(steering)) == (2, ("Öl", "3D"))
         assert steering.config.rewards[0].preference_scale_invert.start == 0.5
-    tracker.clear_tag(TAG)
-    steering.sync()
+    del run.requested[TAG]
+    run.take_step(steering)
     assert (steering.in_force.version, words(steering)) == (3, ("3D", "Flat"))
-    assert [json.loads(tracker.tags()[version_tag(number)]).get("positive") for number in (1, 2, 3)] == [
-        "Flat",
-        "Öl",
-        None,
-    ]
+    kept = [json.loads(str(run.record.tag(version_tag(number)))).get("positive") for number in (1, 2, 3)]
+    assert kept == ["Flat", "Öl", None]
     assert capsys.readouterr().out.splitlines() == [
         "steered to version 1: Flat | 3D",
         "steered to version 2: Öl | 3D, k 0.5",
@@ -88,82 +100,85 @@ def test_it_applies_the_tag_and_keeps_the_history(tracker: Tracker, capsys: pyte
     ],
 )
 def test_a_refused_tag_is_reported_and_changes_nothing(
-    tracker: Tracker, tag: str, reason: str, capsys: pytest.CaptureFixture[str]
+    run: Run, tag: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steering = make_steering(tracker)
-    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
-    steering.sync()
-    tracker.set_tag(TAG, tag)
+    steering = run.steering()
+    run.requested[TAG] = '{"positive": "Flat", "negative": "3D"}'
+    run.take_step(steering)
+    run.requested[TAG] = tag
     for _ in range(3):
-        steering.sync()
+        run.take_step(steering)
         assert (steering.in_force.version, words(steering)) == (1, ("Flat", "3D"))
-        assert reason in tracker.tags()[ERROR_TAG]
-        assert "version 1: Flat | 3D stays in force" in tracker.tags()[ERROR_TAG]
+        assert reason in str(run.record.tag(ERROR_TAG))
+        assert "version 1: Flat | 3D stays in force" in str(run.record.tag(ERROR_TAG))
     (refusal,) = (line for line in capsys.readouterr().out.splitlines() if "refused" in line)
     assert reason in refusal
-    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')  # already in force
-    steering.sync()
+    run.requested[TAG] = '{"positive": "Flat", "negative": "3D"}'  # already in force
+    run.take_step(steering)
     assert steering.in_force.version == 1
-    assert ERROR_TAG not in tracker.tags()
+    assert run.record.tag(ERROR_TAG) is None
 
 
-def test_after_the_last_version_an_edit_is_refused_and_the_run_goes_on(tracker: Tracker) -> None:
-    steering = make_steering(tracker)
-    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D", "version": 1000000000}')
-    steering.sync()
-    tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
+def test_after_the_last_version_an_edit_is_refused_and_the_run_goes_on(run: Run) -> None:
+    steering = run.steering()
+    run.requested[TAG] = '{"positive": "Flat", "negative": "3D", "version": 1000000000}'
+    run.take_step(steering)
+    run.requested[TAG] = '{"positive": "Oil", "negative": "3D"}'
     for _ in range(2):
-        steering.sync()
+        run.take_step(steering)
         assert (steering.in_force.version, words(steering)) == (10**9, ("Flat", "3D"))
-        assert "version 1000000000 is in force, the last there is" in tracker.tags()[ERROR_TAG]
+        assert "version 1000000000 is in force, the last there is" in str(run.record.tag(ERROR_TAG))
 
 
-def test_a_check_without_answer_is_repeated_and_a_refused_one_is_not(tracker: Tracker) -> None:
+def test_a_check_without_answer_is_repeated_and_a_refused_one_is_not(run: Run) -> None:
     answers: list[SteeringError | None] = [UnansweredError("busy"), UnansweredError("busy"), SteeringError("too long")]
 
     def answer(_: RunConfig) -> None:
         if error := answers.pop(0):
             raise error
 
-    steering = LiveSteering(load_run_config(RUN), CPU, tracker, lambda write: write(tracker), answer)
-    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
+    steering = run.steering(answer)
+    run.requested[TAG] = '{"positive": "Flat", "negative": "3D"}'
     for left, reason in ((2, "busy"), (1, "busy"), (0, "too long"), (0, "too long")):
-        steering.sync()
+        run.take_step(steering)
         assert (len(answers), steering.in_force.version) == (left, 0)
-        assert reason in tracker.tags()[ERROR_TAG]
+        assert reason in str(run.record.tag(ERROR_TAG))
 
 
-def test_a_restart_takes_the_later_steering_of_run_and_checkpoint(tracker: Tracker, tmp_path: Path) -> None:
-    steering = make_steering(tracker)
-    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
-    steering.sync()
-    steering.save(tmp_path)
-    restarted = make_steering(tracker)
-    assert words(restarted) == ("Flat", "3D"), "without a checkpoint"
-    tracker.clear_tag(version_tag(1))  # as if it were not written yet
-    restarted = make_steering(tracker)
-    restarted.load(tmp_path)
-    restarted.sync()
-    assert (restarted.in_force.version, words(restarted)) == (1, ("Flat", "3D"))
-    tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
-    restarted.sync()
-    again = make_steering(tracker)
-    again.load(tmp_path)
-    again.sync()
-    assert (again.in_force.version, words(again)) == (2, ("Oil", "3D"))
+def test_repeated_steps_have_what_they_had_and_new_ones_what_the_tag_says(run: Run, tmp_path: Path) -> None:
+    steering, seen, checkpoint = run.steering(), [], ""
+    requests = [None, '{"positive": "Flat", "negative": "3D"}', '{"positive": "Oil", "negative": "3D"}', None]
+    for step, text in enumerate(requests):
+        run.requested = {} if text is None else {TAG: text}
+        run.take_step(steering)
+        seen.append(words(steering))
+        if step == 1:
+            checkpoint = steering.in_force.to_tag()
+    run.requested = {TAG: '{"positive": "Photo", "negative": "3D"}'}
+    again = Run(tmp_path)
+    again.requested = run.requested
+    resumed = again.steering()
+    resumed.restore(checkpoint)
+    for step in (2, 3, 4):
+        again.step = step
+        again.take_step(resumed)
+        seen.append(words(resumed))
+    assert seen[4:] == [*seen[2:4], ("Photo", "3D")]
+    assert resumed.in_force.version == 4
+    begun_anew = again.steering()
+    begun_anew.sync(1)
+    assert words(begun_anew) == ("Flat", "3D"), "without any checkpoint"
 
 
-def test_without_mlflow_all_stays_as_it_is(
-    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    steering = make_steering(tracker)
-    tracker.set_tag(TAG, '{"positive": "Flat", "negative": "3D"}')
-    steering.sync()
-    tracker.set_tag(TAG, '{"positive": "Oil", "negative": "3D"}')
-    run_id, tracker.run_id = tracker.run_id, "no_such_run"
-    steering.sync()
+def test_without_mlflow_all_stays_as_it_is(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    steering = run.steering()
+    run.requested[TAG] = '{"positive": "Flat", "negative": "3D"}'
+    run.take_step(steering)
+    run.requested[TAG] = '{"positive": "Oil", "negative": "3D"}'
+    run.is_silent = True
+    run.take_step(steering)
     assert (steering.in_force.version, words(steering)) == (1, ("Flat", "3D"))
-    assert "no_such_run" in caplog.text
-    tracker.run_id = run_id
-    steering.sync()
+    assert "does not answer" in caplog.text
+    run.is_silent = False
+    run.take_step(steering)
     assert (steering.in_force.version, words(steering)) == (2, ("Oil", "3D"))
