@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from services.clients.jobs import DEFAULT_ADDRESS, Jobs
-from services.commands.usage import UsageError, add_run_file
+from services.clients.jobs import ALIVE, DEFAULT_ADDRESS, Jobs
+from services.commands.usage import UsageError, add_resume, add_run_file, launch_arguments
 from services.config.run import load_run_config
 
 _EXIT_INTERRUPTED = 130  # as in shells
@@ -25,11 +25,12 @@ class JobVerb:
     old_names: tuple[str, ...] = ()
     has_models: bool = False
     needs_dataset: bool = False
-    may_use_gpu: bool = False  # the program itself; trainings request the GPUs of their workers
+    may_resume: bool = False
+    may_use_gpu: bool = False  # the program itself, if it is the only worker; several request their own GPUs
 
 
 JOB_VERBS = (
-    JobVerb("submit", "train as a Ray job and follow it", "trainer.launch"),
+    JobVerb("submit", "train as a Ray job, or go on with a training, and follow it", "trainer.launch", may_resume=True),
     JobVerb(
         "evaluate",
         "compare models with a run's base model, as a Ray job",
@@ -56,6 +57,8 @@ JOB_VERBS = (
 def configure_job(parser: argparse.ArgumentParser, verb: JobVerb) -> None:
     """Add the arguments of `verb`."""
     add_run_file(parser)
+    if verb.may_resume:
+        add_resume(parser)
     if verb.has_models:
         text = "folder of a model or checkpoint; without any, the run's own model"
         parser.add_argument("models", nargs="*", metavar="[NAME=]FOLDER", help=text)
@@ -82,11 +85,11 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 def _submit(args: argparse.Namespace, verb: JobVerb) -> int:
     """Submit the verb's program as a Ray job, and follow it."""
-    config = load_run_config(args.run)
+    config = load_run_config(args.run, args.set if verb.may_resume else ())
     if verb.needs_dataset and config.dataset is None:
         raise UsageError(f"{args.run} has no dataset, so that there is nothing to encode")
-    num_gpus = int(verb.may_use_gpu and config.engine.use_gpu)
-    arguments: Sequence[str] = args.models if verb.has_models else ()
+    num_gpus = int(verb.may_use_gpu and config.engine.use_gpu and config.engine.max_workers == 1)
+    arguments: Sequence[str] = args.models if verb.has_models else launch_arguments(args) if verb.may_resume else ()
     jobs, run_file = Jobs(args.address), Path(args.run).absolute()
     return _follow(jobs, jobs.submit(run_file, arguments, verb.program, num_gpus))
 
@@ -113,5 +116,8 @@ def _list_jobs(args: argparse.Namespace) -> int:
 
 
 def _stop_job(args: argparse.Namespace) -> int:
-    Jobs(args.address).stop(args.job)
-    return 0
+    """Stop the job and wait until it has ended. Return 1 if it still runs after Ray should have killed it."""
+    jobs = Jobs(args.address)
+    status = jobs.end(args.job, tell=partial(print, flush=True))
+    print(f"job {args.job}: {status}")
+    return int(status in ALIVE)

@@ -1,13 +1,16 @@
 """The command `srpo`: start trainings and other jobs, steer them, and use models and the reward service.
 
-    srpo run RUN.yaml                      train in the foreground
+    srpo run RUN.yaml [--resume] [--set KEY=VALUE]
+                                           train in the foreground, or go on with a training
     srpo submit RUN.yaml                   train as a Ray job and follow it
     srpo encode-prompts RUN.yaml           encode a run's prompts before it trains, as a Ray job
     srpo encode-images RUN.yaml            encode the images of a run's dataset, as a Ray job
     srpo evaluate RUN.yaml [MODEL …]       compare models with the base model, as a Ray job
+    srpo checkpoints RUN.yaml              list a run's checkpoints
     srpo jobs | srpo stop JOB              list the cluster's jobs; stop one
     srpo steer RUN --positive … --negative …
                                            change what a running training maximizes
+    srpo sync RUN                          bring to MLflow what a run recorded while MLflow was away
     srpo sample MODEL --prompt … -o FILE   draw pictures with a model
     srpo score IMAGE… --prompt … --positive … --negative …
                                            print the reward of pictures
@@ -27,16 +30,21 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from services.clients.checkpoint_store import CheckpointError
 from services.clients.jobs import JobsError
 from services.clients.reward import RewardError
-from services.commands import jobs, rank_words, score, steer, viewing
-from services.commands.usage import UsageError, add_run_file
+from services.clients.run_folder import RunFolderError
+from services.commands import checkpoints, jobs, rank_words, score, steer, sync, viewing
+from services.commands.usage import UsageError, add_resume, add_run_file, launch_arguments
 from services.commands.word_effects import TrialError
 from services.config.run import ConfigError, load_run_config
 from services.config.steering import SteeringError
 from services.contract import ContractError
 
-_MISTAKES = (UsageError, ConfigError, ContractError, JobsError, RewardError, SteeringError, TrialError)
+_MISTAKES = (
+    UsageError, ConfigError, ContractError, JobsError, RewardError, SteeringError, TrialError, RunFolderError,
+    CheckpointError,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,12 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="train in the foreground, on the cluster at RAY_ADDRESS or on one of its own")
     add_run_file(run)
+    add_resume(run)
     run.set_defaults(handler=_run)
     for verb in jobs.JOB_VERBS:
         jobs.configure_job(commands.add_parser(verb.name, aliases=verb.old_names, help=verb.help), verb)
+    checkpoints.configure(commands.add_parser("checkpoints", help="list the checkpoints of a run"))
     jobs.configure_jobs(commands.add_parser("jobs", help="list the cluster's jobs"))
     jobs.configure_stop(commands.add_parser("stop", help="stop a job"))
     steer.configure(commands.add_parser("steer", help="change what a running training maximizes from its next step on"))
+    sync.configure(commands.add_parser("sync", help="bring to MLflow what a run recorded while MLflow was away"))
     sample = commands.add_parser("sample", add_help=False, help="draw: srpo sample MODEL --prompt TEXT -o FILE")
     sample.set_defaults(handler=_sample)
     score.configure(commands.add_parser("score", help="print the reward of pictures"))
@@ -75,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> NoReturn:
-    load_run_config(args.run)  # reports a mistake at once, not after the imports of the trainer
-    _become("trainer.launch", str(args.run))
+    load_run_config(args.run, args.set)  # reports a mistake at once, not after the imports of the trainer
+    _become("trainer.launch", str(args.run), *launch_arguments(args))
 
 
 def _sample(args: argparse.Namespace) -> NoReturn:

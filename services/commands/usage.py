@@ -21,6 +21,35 @@ def add_run_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN.yaml", help="a run file, such as those in deploy/runs/")
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Add --resume and --set, which `launch_arguments` reads."""
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="RUN_ID",
+        help="go on with a run, by default the latest of this name; `auto` begins one if there is none",
+    )
+    add_set(parser)
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """Add --set, which changes keys of the run file."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the run file, as in num_steps=80; may be repeated",
+    )
+
+
+def launch_arguments(args: argparse.Namespace) -> list[str]:
+    """Return the command line's --resume and --set for trainer.launch."""
+    resume = [] if args.resume is None else ["--resume", args.resume]
+    return resume + [part for change in args.set for part in ("--set", change)]
+
+
 def add_reward_options(parser: argparse.ArgumentParser) -> None:
     """Add --reward, --url and --json."""
     parser.add_argument("--reward", help="the reward's name in the service; needed if it serves several")

@@ -6,11 +6,12 @@ Ray Train worker runs in a folder of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from services.config.dataset import DatasetConfig
 from services.config.engine import CheckpointConfig, EngineConfig, OptimizerConfig
@@ -78,7 +79,8 @@ class RolloutConfig(Frozen):
 
 
 class TrackingConfig(Frozen):
-    """Where MLflow records the run."""
+    """Where MLflow records the run. The record is kept in the run's folder first, and brought to MLflow while the run
+    goes on; `srpo sync` brings what MLflow did not take meanwhile."""
 
     uri: str = "http://127.0.0.1:5000"
     """The address of an MLflow server, or sqlite:///FILE."""
@@ -86,12 +88,20 @@ class TrackingConfig(Frozen):
     experiment: str = "srpo"
     """The name of the MLflow experiment."""
 
+    spool_mib: Positive = 1024
+    """What the record may take in the run's folder, in MiB. Above it pictures are left out until MLflow has taken some,
+    a tenth above it numbers and tags as well; the run goes on."""
+
+    log_model: Literal["never", "adapter", "always"] = "adapter"
+    """What is uploaded to MLflow at the end: nothing, the adapter of a LoRA run, or the aligned model in any case (of a
+    LoRA run the adapter too). The result is in the run's folder; an upload may fail without failing the run."""
+
 
 class RunConfig(Frozen):
     """What a file holds: some keys of its own, and the sections below."""
 
-    name: str
-    """The run's name, also in MLflow."""
+    name: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f/\\.][^\x00-\x1f/\\]{0,99}$")]
+    """The run's name, also in MLflow: up to 100 characters without / and \\, not beginning with a dot."""
 
     seed: int = 0
     """The seed of everything that is drawn: prompts, levels, words and noise."""
@@ -100,8 +110,9 @@ class RunConfig(Frozen):
     """The number of steps. Each is a rollout of `engine.global_batch` prompts and its update."""
 
     output_dir: Path = Path("outputs")
-    """The run writes to output_dir/name: the aligned model as a folder that `FluxPipeline.from_pretrained` loads,
-    evaluation.json, before_after.png and checkpoints."""
+    """The run writes to a folder of its own, output_dir/name/RUN_ID: the aligned model as a folder that
+    `FluxPipeline.from_pretrained` loads, evaluation.json, before_after.png and checkpoints. output_dir/name/latest
+    leads to the newest run. All workers must share it."""
 
     model: ModelConfig
     """The model to train, and the size of its images."""
@@ -201,8 +212,11 @@ class RunConfig(Frozen):
         return self
 
 
-def load_run_config(path: Path) -> RunConfig:
-    """Read and check a run file. Raise ConfigError, which names file, key and value."""
+def load_run_config(path: Path, changes: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run file, with keys changed as by `--set`: ("num_steps=80", "rewards.0.weight=2").
+
+    Raise ConfigError, which names file, key and value.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -211,8 +225,25 @@ def load_run_config(path: Path) -> RunConfig:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
+    for change in changes:
+        _set(tree, change)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         lines = [f"{path}: {describe_mistake(item)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from error
+
+
+def _set(tree: Any, change: str) -> None:
+    """Change one key of a run file's tree in place: "engine.num_workers=2", or "rewards.0.weight=2"."""
+    key, equals, text = change.partition("=")
+    *path, last = key.split(".")
+    try:
+        value = yaml.safe_load(text)
+        for part in path:
+            tree = tree[int(part)] if isinstance(tree, list) else tree.setdefault(part, {})
+        tree[int(last) if isinstance(tree, list) else last] = value
+    except (yaml.YAMLError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ConfigError(f"--set {change}: no such key, or no value: {error}") from error
+    if not equals:
+        raise ConfigError(f"--set {change}: write KEY=VALUE, as in num_steps=80")

@@ -10,33 +10,35 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from services.clients.tracking import Tracker
+from services.clients.spool import Spool
 from trainer.draws import draw_rows
 from trainer.evaluation.drawing import Evaluation, PictureSet
 from trainer.evaluation.grids import picture_grid, side_by_side
 from trainer.evaluation.measurements import Measurements, Measurer
 from trainer.evaluation.paired import gaps_closed
 from trainer.evaluation.real_pictures import truth_of
+from trainer.evaluation.shared_measurer import SharedMeasurer
 from trainer.evaluation.similarities import measures_of, reward_metrics
+from trainer.runtime.agreement import holds_everywhere
 from trainer.runtime.worker import Worker
 
 _NUM_GRID_COLUMNS, _NUM_COLUMNS_SIDE_BY_SIDE = 6, 4
 
 
 class Evaluator:
-    """Draws on all workers, which call every method together. Worker 0 measures, writes files and records."""
+    """Draws and measures on all workers, which call every method together. Worker 0 writes files and records."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker, self._config, self._pictures = worker, worker.config, worker.pictures
-        self._truth = truth_of(self._config, set(self._pictures.prompts)) if worker.is_recording else None
-        self._measurer = self._make_measurer() if worker.is_recording else None
-        self._base: Measurements | None = None
+        self._measurer = SharedMeasurer(self._pictures, self._make_measurer(), self._path("base"))
 
     def evaluate_base(self) -> None:
-        """Evaluate the base model, and the oracle if evaluation.draws_oracle says so."""
-        self._evaluate("base", self._pictures, step=0)
-        if (told := self._worker.oracle_pictures) is not None:
-            self._evaluate("oracle", told, step=0)
+        """Evaluate the base model, and the oracle if evaluation.draws_oracle says so, unless an attempt before has."""
+        sets = {"base": self._pictures, "oracle": self._worker.oracle_pictures}
+        for name, pictures in sets.items():
+            is_done = holds_everywhere(self._path(name).is_file(), self._worker.device)  # the folder may be slow
+            if pictures is not None and not is_done:
+                self._evaluate(name, pictures, step=0)
 
     def evaluate_aligned(self, step: int) -> None:
         """Evaluate the aligned model, whose weights are those of `step`."""
@@ -45,12 +47,12 @@ class Evaluator:
     def show_samples(self, step: int) -> None:
         """Log a grid of held-out images where one is due. The final evaluation logs the last step's."""
         worker, config = self._worker, self._config
-        if step % config.evaluation.every_num_steps or step == config.num_steps:
+        if step == 0 or step % config.evaluation.every_num_steps or step == config.num_steps:
             return
         with worker.seconds.timed("sample_grids"):
             images = worker.draw(self._pictures, worker.num_grid_images)
         if images is not None:
-            worker.log(lambda tracker: tracker.log_image(self._grid(images), "samples", step))
+            worker.log(lambda record: record.log_image(self._grid(images), "samples", step))
 
     def summarize(self) -> None:
         """Write the run's numbers and a picture of before and after on worker 0, and finish its record."""
@@ -69,45 +71,36 @@ class Evaluator:
         files[0].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         self._before_after().save(files[1])
         for file in files:
-            worker.log(partial(Tracker.log_file, path=file))
-        worker.close_record()
+            worker.log(partial(Spool.log_file, path=file))
 
     def _evaluate(self, name: str, pictures: PictureSet, step: int) -> None:
         """Draw the held-out prompts, measure the images, and save images and numbers under the policy's name."""
         worker = self._worker
         with worker.seconds.timed(f"{name}_evaluation"):
-            images = worker.draw(pictures, len(pictures.prompts))
-            if images is None:
+            with worker.engine.averaged():
+                measurements = self._measurer.measure(worker.drawing(pictures), of_base=name == "base")
+            if measurements is None:
                 return
             worker.folder.mkdir(parents=True, exist_ok=True)
-            numbers = self._measure(name, images)
+            images, numbers = measurements.images, self._numbers(measurements)
             if name == "aligned" and worker.oracle_pictures:
                 numbers |= self._gaps_closed(numbers)
-            Evaluation(images, {f"eval/{key}": value for key, value in numbers.items()}).save(self._path(name))
             group, title = ("oracle", "oracle") if name == "oracle" else ("eval", "samples")
             recorded = {f"{group}/{key}": value for key, value in numbers.items()}
-            worker.log(lambda tracker: tracker.log_metrics(recorded, step))
-            worker.log(lambda tracker: tracker.log_image(self._grid(images), title, step))
+            worker.log(lambda record: record.log_metrics(group, recorded, step))
+            worker.log(lambda record: record.log_image(self._grid(images), title, step))
+            Evaluation(images, {f"eval/{key}": value for key, value in numbers.items()}).save(self._path(name))
             print(f"{name}:", *(f"{key} {value:.3f}" for key, value in sorted(numbers.items())), flush=True)
 
     def _make_measurer(self) -> Measurer:
         worker, config, evaluation = self._worker, self._config, self._config.evaluation
         rewards = measures_of(worker.client, config, reward_metrics(config))
-        repeats, batch = evaluation.num_images_per_prompt, evaluation.batch
-        return Measurer(rewards, worker.judges, evaluation.reference_path, repeats, self._truth, batch)
+        truth, repeats = truth_of(config, self._pictures.own_prompts()), evaluation.num_images_per_prompt
+        return Measurer(rewards, worker.judges, evaluation.reference_path, repeats, truth, evaluation.batch)
 
-    def _measure(self, name: str, images: Tensor) -> dict[str, float]:
+    def _numbers(self, measurements: Measurements) -> dict[str, float]:
         """Return every number of a policy's images; of several rewards also their weighted sum, as reward."""
-        measurer, prompts = self._measurer, self._pictures.prompts
-        assert measurer is not None
-        if name == "base":
-            measurements = self._base = measurer.measure(images, prompts)
-        else:
-            if self._base is None:  # the run was interrupted
-                self._base = measurer.measure(self._load("base").images, prompts)
-            measurements = measurer.measure(images, prompts, self._base)
-        numbers = measurer.summarize(measurements)
-        rewards = self._config.rewards
+        numbers, rewards = self._measurer.summarize(measurements), self._config.rewards
         if len(rewards) > 1:
             numbers["reward"] = sum(each.weight * numbers[f"reward_{each.name}"] for each in rewards)
         return numbers
@@ -126,8 +119,8 @@ class Evaluator:
         rows = draw_rows(self._config.seed, len(prompts), self._worker.num_grid_images)
         columns = [self._load(name).images[rows] for name in ("base", "aligned")]
         shown = [prompts[row] for row in rows]
-        if self._truth is not None:
-            columns.append(torch.stack([self._truth[prompt] for prompt in shown]))
+        if (truth := truth_of(self._config, shown)) is not None:
+            columns.append(torch.stack([truth[prompt] for prompt in shown]))
         return side_by_side(columns, shown, _NUM_COLUMNS_SIDE_BY_SIDE)
 
     def _grid(self, images: Tensor) -> PIL.Image.Image:

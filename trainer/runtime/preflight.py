@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from services.clients.reward import RewardClient
+from services.clients.tracking_errors import check_metric_name
 from services.config.run import RunConfig
 from trainer.data.batches import open_batches
 from trainer.data.conditioning import check_embeddings
@@ -76,6 +77,7 @@ def _check_rewards(config: RunConfig) -> None:
     with RewardClient(service.url, timeout_s=service.timeout_s, max_attempts=2) as client:
         offered = client.models()
     for index, reward in enumerate(config.rewards):
+        check_metric_name(reward.name)
         if reward.name not in offered:
             raise PreflightError(
                 f"rewards.{index}.name {reward.name!r} is not served at {service.url}; served: {', '.join(offered)}"

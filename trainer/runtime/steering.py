@@ -1,12 +1,11 @@
 """Steer a running training: between steps worker 0 reads a tag of the MLflow run, and all workers apply it.
 
-    steering.sync()                # on all workers, between two steps
+    steering.sync(step)            # on all workers, between two steps
     learner.follow(steering.config)
 
 A tag that cannot be applied is refused: another tag says why, and the training goes on as it was. It also goes on as it
-was if MLflow does not return the tags. But a failing write to MLflow ends the workers (recorder.py). The steering in
-force is stored on the MLflow run and in the checkpoints, and a restarted training takes the later of the two. The steps
-that it repeats may see a newer tag than they saw before.
+was while MLflow does not return the tags. The version in force is recorded with every step. A run that goes on from a
+checkpoint repeats steps under the versions that they had.
 """
 
 from __future__ import annotations
@@ -14,23 +13,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from services.clients.reward import RewardClient, RewardError
-from services.clients.tracking import Tracker, TrackingError
+from services.clients.spool import Spool
+from services.clients.tracking import TrackingError
 from services.config.run import RunConfig
-from services.config.steering import ERROR_TAG, TAG, Steering, SteeringError, last_in_force, version_tag
+from services.config.steering import ERROR_TAG, TAG, Steering, SteeringError, version_tag
 from trainer.data.prompt_files import LocatedPrompt
 from trainer.runtime.accepted_prompts import RefusedError, require_accepted
+from trainer.runtime.agreement import text_of_worker_0
 
 _READ_TIMEOUT_S = 5.0  # a step waits no longer for MLflow
-_FILE = "steering.json"
 _logger = logging.getLogger(__name__)
-
-Log = Callable[[Callable[[Tracker], None]], None]
 
 
 class UnansweredError(SteeringError):
@@ -38,44 +34,54 @@ class UnansweredError(SteeringError):
 
 
 class LiveSteering:
-    """The steering in force, the same on all workers. Only worker 0 has a `tracker` to read from and writes with `log`.
+    """The steering in force, the same on all workers. Only worker 0 has the run's `record` and `read_tags`.
 
     `check` is called with the run as it would go on. It raises SteeringError if the reward service refuses that, and
-    UnansweredError if the service cannot be reached.
+    UnansweredError if the service cannot be reached. `read_tags` returns the MLflow run's tags or raises TrackingError.
     """
 
     def __init__(
         self,
         config: RunConfig,
         device: torch.device,
-        tracker: Tracker | None,
-        log: Log,
+        record: Spool | None,
+        read_tags: Callable[[], Mapping[str, str]] | None,
         check: Callable[[RunConfig], None],
     ) -> None:
-        self._run, self._device, self._log, self._check = config, device, log, check
-        self._tags = _TagReader(tracker) if tracker else None
+        self._run, self._device, self._record, self._check = config, device, record, check
+        self._tags = _TagReader(read_tags) if read_tags else None
         self._refused: str | None = None  # the tag's text, so that a refused tag is tried only once
-        self.in_force = last_in_force(tracker.tags()) if tracker else Steering()
+        self.in_force = Steering()
 
     @property
     def config(self) -> RunConfig:
         """Return the run's configuration with the steering in force."""
         return self.in_force.applied_to(self._run)
 
-    def sync(self) -> None:
-        """Apply the tag, if it has changed. All workers call this together, between steps."""
-        if self._tags is not None and (tags := self._tags.read()) is not None:
+    def sync(self, step: int) -> None:
+        """Apply the tag, if it has changed; before a repeated step, what was in force then. All workers call this."""
+        if self._record is not None and (recorded := self._recorded(self._record, step + 1)) is not None:
+            self.in_force = recorded
+        elif self._tags is not None and (tags := self._tags.read()) is not None:
             self._apply(tags)
-        self.in_force = Steering.from_tag(_broadcast(self.in_force.to_tag(), self._device))
+        self.in_force = Steering.from_tag(text_of_worker_0(self.in_force.to_tag(), self._device))
 
-    def save(self, folder: Path) -> None:
-        """Write the steering in force into a checkpoint's folder."""
-        (folder / _FILE).write_text(self.in_force.to_tag() + "\n", encoding="utf-8")
+    def restore(self, text: str) -> None:
+        """Take a checkpoint's steering, as to_tag wrote it."""
+        self.in_force = Steering.from_tag(text)
 
-    def load(self, folder: Path) -> None:
-        """Take a checkpoint's steering, unless the MLflow run has a later one."""
-        saved = Steering.from_tag((folder / _FILE).read_text(encoding="utf-8"))
-        self.in_force = max(self.in_force, saved, key=lambda each: each.version)
+    @property
+    def _written(self) -> Spool:
+        assert self._record is not None, "only worker 0 reads tags"
+        return self._record
+
+    def _recorded(self, record: Spool, step: int) -> Steering | None:
+        """Return what was in force in the step that ended as `step`, if that is recorded."""
+        metrics = record.recorded("step", step)
+        if metrics is None:
+            return None
+        version = int(metrics["steering_version"])
+        return Steering.from_tag(record.tag(version_tag(version))) if version else Steering()
 
     def _apply(self, tags: Mapping[str, str]) -> None:
         text = tags.get(TAG)
@@ -91,11 +97,11 @@ class LiveSteering:
             return
         self._refused = None
         if ERROR_TAG in tags:
-            self._log(lambda tracker: tracker.clear_tag(ERROR_TAG))
+            self._written.clear_tag(ERROR_TAG)
         if requested != self.in_force:
             self.in_force = requested
             print(f"steered to {requested.summary}", flush=True)
-            self._log(lambda tracker: tracker.set_tag(version_tag(requested.version), requested.to_tag()))
+            self._written.set_tag(version_tag(requested.version), requested.to_tag())
 
     def _refuse(self, text: str | None, reason: SteeringError, current_message: str | None) -> None:
         message = f"{reason}; {self.in_force.summary} stays in force"
@@ -103,7 +109,7 @@ class LiveSteering:
             print(f"refused {TAG}: {message}", flush=True)
         self._refused = None if isinstance(reason, UnansweredError) else text
         if current_message != message:
-            self._log(lambda tracker: tracker.set_tag(ERROR_TAG, message))
+            self._written.set_tag(ERROR_TAG, message)
 
 
 def check_with_service(client: RewardClient, drawn: Sequence[LocatedPrompt], config: RunConfig) -> None:
@@ -122,16 +128,16 @@ def check_with_service(client: RewardClient, drawn: Sequence[LocatedPrompt], con
 class _TagReader:
     """Reads the run's tags in a thread, so that a silent server delays one step for each request, not every step."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    def __init__(self, read_tags: Callable[[], Mapping[str, str]]) -> None:
+        self._read_tags = read_tags
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="steering")
-        self._pending: Future[dict[str, str]] | None = None
+        self._pending: Future[Mapping[str, str]] | None = None
 
-    def read(self) -> dict[str, str] | None:
+    def read(self) -> Mapping[str, str] | None:
         """Return the tags as they are now, or None, with a warning, if MLflow does not answer."""
         if self._pending is not None and not self._pending.done():
             return None
-        self._pending = self._pool.submit(self._tracker.tags)
+        self._pending = self._pool.submit(self._read_tags)
         try:
             return self._pending.result(_READ_TIMEOUT_S)
         except TimeoutError:
@@ -139,14 +145,3 @@ class _TagReader:
         except TrackingError as error:
             _logger.warning("steering stays as it is: %s", error)
         return None
-
-
-def _broadcast(text: str, device: torch.device) -> str:
-    """Return worker 0's text on all workers."""
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    length = torch.tensor([len(data)], device=device)
-    dist.broadcast(length, src=0)
-    if dist.get_rank() != 0:
-        data = torch.empty(int(length), dtype=torch.uint8, device=device)
-    dist.broadcast(data, src=0)
-    return bytes(data.tolist()).decode()

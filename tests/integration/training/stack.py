@@ -17,9 +17,12 @@ import yaml
 from safetensors.torch import load_file
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.clients.checkpoint_store import CheckpointStore
+from services.clients.run_folder import RunFolder
 from services.clients.tracking import Tracker
 from services.contract import REWARDS_PATH, RewardRequest
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
+from trainer.model.fragments import checkpoint_weights
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_STEPS = 6
@@ -127,26 +130,26 @@ class TrainingStack:
                 "batch": NUM_TOGETHER,
                 "judge_path": "judge",
             },
-            "tracking": {"uri": self.tracking_uri},
+            "tracking": {"uri": self.tracking_uri, "log_model": "always"},
         }
 
-    def start(self, run_file: Path, program: str = "trainer.launch") -> subprocess.Popen[str]:
+    def start(self, run_file: Path, program: str = "trainer.launch", *arguments: str) -> subprocess.Popen[str]:
         """Start a program on a run file, in `folder`."""
         environment = os.environ | {
             "RAY_ADDRESS": self.ray_address,
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
-        command = [sys.executable, "-m", program, run_file.name]
+        command = [sys.executable, "-m", program, run_file.name, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, cwd=self.folder, env=environment, text=True, **pipes)  # type: ignore[call-overload]
 
-    def train(self, run_file: Path) -> Run:
+    def train(self, run_file: Path, *arguments: str) -> Run:
         """Train to the end. Return what the run left."""
-        return self.find(run_file.stem, self.finish(run_file))
+        return self.find(run_file.stem, self.finish(run_file, "trainer.launch", *arguments))
 
-    def finish(self, run_file: Path, program: str = "trainer.launch") -> str:
+    def finish(self, run_file: Path, program: str = "trainer.launch", *arguments: str) -> str:
         """Wait for a program that must succeed. Return what it printed."""
-        with self.start(run_file, program) as process:
+        with self.start(run_file, program, *arguments) as process:
             try:
                 output, _ = process.communicate(timeout=TIMEOUT_S)
             except subprocess.TimeoutExpired:
@@ -164,7 +167,7 @@ class TrainingStack:
         client = mlflow.MlflowClient(self.tracking_uri)
         experiment = client.get_experiment_by_name("srpo")
         (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
-        return Run(self.folder / "outputs" / name, client, run, output)
+        return Run(RunFolder.find(self.folder / "outputs", name).path, client, run, output)
 
 
 @dataclass
@@ -193,11 +196,10 @@ class Run:
 
     def weights_at(self, step: int) -> dict[str, torch.Tensor]:
         """Return the weights of a checkpoint that was kept."""
-        for file in (self.folder / "checkpoints").rglob("mp_rank_00_model_states.pt"):
-            states = torch.load(file, weights_only=False)
-            if states["step"] == step:
-                return states["module"]
-        raise AssertionError(f"no checkpoint of step {step}")
+        store = CheckpointStore(str(self.folder / "checkpoints"))
+        (manifest,) = [each for each in store.manifests() if each.step == step]
+        with store.fetched(manifest) as files:
+            return checkpoint_weights(files)
 
     def artifacts(self, folder: str | None = None) -> set[str]:
         """Return the paths of the run's artifacts in a folder."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pytest
 import ray
 import torch
@@ -16,15 +16,15 @@ import yaml
 from deploy.settings import free_port
 from reward_server.models import ClipArgs
 from reward_server.scoring.worker import Worker, WorkerArgs
-from services.clients.tracking import RunStatus, Tracker, TrackingError
 from services.config.run import load_run_config
 from tests.encoded import write_latents
 from tests.pictures import photo
 from tests.serving import reward_app, serve_app
 from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
-from trainer.launch import finish, main
+from trainer.launch import main
 from trainer.runtime.paths import with_absolute_paths
+from trainer.runtime.run_record import create
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +190,11 @@ def test_a_reward_that_is_not_served_is_named_with_those_that_are(
     assert_refused(run, ["rewards.1.name 'beauty' is not served", "served: tiny"], capsys)
 
 
-@pytest.mark.parametrize(("section", "key"), [("reward_service", "url"), ("tracking", "uri")])
-def test_a_service_that_does_not_answer_is_named_with_its_cure(
-    run: dict[str, Any], section: str, key: str, capsys: pytest.CaptureFixture[str]
+def test_a_reward_service_that_does_not_answer_is_named_with_its_cure(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    run[section] |= {key: url}
+    run["reward_service"]["url"] = url
     assert_refused(run, [url, "make up"], capsys)
 
 
@@ -227,20 +226,39 @@ def test_paths_become_absolute_and_a_hub_id_stays(run: dict[str, Any], tmp_path:
     assert config.output_dir == tmp_path / "outputs"
 
 
-def test_a_record_that_cannot_be_ended_hides_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    tracker = Tracker.start(uri, "srpo", "tiny")
-    mlflow.MlflowClient(uri).delete_run(tracker.run_id)
-    failures: tuple[RunStatus, ...] = ("FAILED", "KILLED")
-    for status in failures:
-        finish(tracker, status)
-        assert f"cannot end the run as {status}" in capsys.readouterr().err
-    with pytest.raises(TrackingError, match="cannot end the run as FINISHED"):
-        finish(tracker, "FINISHED")
+def test_there_must_be_a_run_to_take_up(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(run, ["no run of 'tiny' in", "without --resume"], capsys, "--resume")
 
 
-def assert_refused(run: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(write(run))]) == 1
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("optimizer.learning_rate=2e-3", ["changes its training: optimizer.learning_rate 0.001 → 0.002"]),
+        ("rewards.0.weight=2", ["rewards.0.weight 1.0 → 2.0"]),
+        ("rewards.1.weight=2", ["--set rewards.1.weight=2: no such key"]),
+        ("num_steps", ["--set num_steps: write KEY=VALUE"]),
+    ],
+)
+def test_a_run_is_not_taken_up_under_another_training(
+    run: dict[str, Any], change: str, named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = create(with_absolute_paths(load_run_config(write(run))))
+    before = folder.record()
+    assert_refused(run, named, capsys, "--resume", folder.id, "--set", change)
+    assert folder.record() == before
+
+
+def test_a_run_that_another_process_trains_is_not_taken_up(
+    run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = create(with_absolute_paths(load_run_config(write(run))))
+    with folder.locked():
+        assert_refused(run, [f"run {folder.id} is training already (process {os.getpid()} on "], capsys, "--resume")
+
+
+def assert_refused(run: dict[str, Any], named: list[str], capsys: pytest.CaptureFixture[str], *arguments: str) -> None:
+    runs = sorted(Path("outputs").rglob("run.json"))
+    assert main([str(write(run)), *arguments]) == 1
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -248,3 +266,4 @@ def assert_refused(run: dict[str, Any], named: list[str], capsys: pytest.Capture
         assert part in lines[0]
     assert "Traceback" not in error
     assert not ray.is_initialized()
+    assert sorted(Path("outputs").rglob("run.json")) == runs, "no run has begun"
