@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-steer seeds attack alarms bench-reward bench-method up down fmt keys manifests check test conflicting ci reference tiny clean
+.PHONY: help setup demo demo-steer seeds attack alarms bench-reward bench-method faults up down fmt keys manifests check test conflicting ci reference tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,9 @@ alarms: setup  ## find the guard's thresholds of damage, and test them on unseen
 
 seeds: setup  ## the demo's two runs with three seeds, compared with base and oracle (about 30 minutes, resumable)
 	.venv/bin/python -m deploy.seeds
+
+faults: setup  ## break a training in every way that clusters do, and compare the results (about 40 minutes; root for one row)
+	.venv/bin/python -m deploy.faults
 
 tiny: setup  ## train the embedded default from scratch (hours on a CPU, resumable; needs npm)
 	$(TINY) data vae views prompts truth
