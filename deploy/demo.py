@@ -27,6 +27,7 @@ from deploy.process import OwnedProcess
 from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError, Settings, add_options, settings
 from deploy.signals import end_as_interrupted
 from services.clients.jobs import Jobs, JobsError
+from services.clients.run_folder import RunFolder
 from services.clients.tracking import Tracker, TrackingError
 from services.config.run import ConfigError, RunConfig, load_run_config
 
@@ -61,7 +62,7 @@ class Outcome:
 
     @property
     def folder(self) -> Path:
-        return self.config.output_dir / self.config.name
+        return RunFolder.find(self.config.output_dir, self.config.name).path
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,8 @@ def train(where: Settings, run_file: Path) -> Outcome:
         status = jobs.end(job_id)
     if status != "SUCCEEDED":
         raise DemoError(f"{config.name}: job {job_id} {status}; its output is above")
-    evaluation = json.loads((config.output_dir / config.name / "evaluation.json").read_text(encoding="utf-8"))
+    folder = RunFolder.find(config.output_dir, config.name).path
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     url = Tracker.latest(where.mlflow_url, config.tracking.experiment, config.name).url
     return Outcome(config, evaluation, time.monotonic() - began, url)
 

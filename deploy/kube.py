@@ -6,8 +6,9 @@
     python -m deploy.kube job --run deploy/runs/flux1_dev_srpo.yaml | kubectl apply -f -
 
 Rewards, limits and worker counts are thus written down once. A run with `engine.use_gpu` gets GPUs; --gpu puts another
-run, or the rewards, on GPUs. Every secret is a reference (SECRET). You make the volume claims, which are named only if
-needed: srpo-weights for model paths under /weights, srpo-outputs (ReadWriteMany) for a training.
+run, or the rewards, on GPUs. Every secret is a reference (SECRET; _OPTIONAL lists keys that it may lack). You make the
+volume claims, which are named only if needed: srpo-weights for model paths under /weights, srpo-outputs (ReadWriteMany)
+for a training.
 """
 
 from __future__ import annotations
@@ -25,11 +26,18 @@ from typing import Any
 import yaml
 
 from deploy.settings import ROOT
+from services.clients.jobs import STOP_WAIT
 from services.config.run import RunConfig, load_run_config
 
 Tree = dict[str, Any]
 
 SECRET = "srpo-ray"  # kubectl create secret generic srpo-ray --from-literal=api-keys=… --from-literal=api-key=…
+_OPTIONAL = {  # variables of pods that use hub or bucket, and their keys in the secret, which may lack them
+    "HF_TOKEN": "hf-token",
+    "AWS_ACCESS_KEY_ID": "aws-access-key-id",
+    "AWS_SECRET_ACCESS_KEY": "aws-secret-access-key",
+    "AWS_SESSION_TOKEN": "aws-session-token",
+}
 SERVICE = "srpo-reward"
 REWARD_URL = f"http://{SERVICE}-serve-svc:8000"  # the name that KubeRay gives the Kubernetes service of a RayService
 MLFLOW_URL = "http://mlflow:5000"
@@ -75,7 +83,11 @@ def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
         memory_gib=8,
         gpus=math.ceil(max(each.get("num_gpus", 0) for each in options)),
     )
-    environment = [_secret("SRPO_API_KEYS", "api-keys"), *({"name": each, "value": "1"} for each in _FAST_PROXY)]
+    environment = [
+        _secret("SRPO_API_KEYS", "api-keys"),
+        *(_secret(name, key, optional=True) for name, key in _OPTIONAL.items()),
+        *({"name": each, "value": "1"} for each in _FAST_PROXY),
+    ]
     volumes = _weights(_strings(serve))
     head = _pod(_HEAD, environment, volumes, ports={"serve": 8000})
     worker = _pod(size, environment, volumes, ports={"serve": 8000})
@@ -108,11 +120,14 @@ def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
 
     name = "srpo-" + run.name.replace("_", "-")
     cpus = math.ceil(engine.cpus_per_worker)
-    size = Size(cpus, memory_gib=96, gpus=1) if engine.use_gpu else Size(cpus, memory_gib=4)
+    memory_gib = math.ceil(engine.memory_gib_per_worker or (96 if engine.use_gpu else 4))
+    size = Size(cpus, memory_gib, gpus=int(engine.use_gpu))
     environment = [
         _secret("SRPO_API_KEY", "api-key"),
         _secret("MLFLOW_TRACKING_USERNAME", "mlflow-username", optional=True),
         _secret("MLFLOW_TRACKING_PASSWORD", "mlflow-password", optional=True),
+        *(_secret(name, key, optional=True) for name, key in _OPTIONAL.items()),
+        *({"name": name, "value": value} for name, value in STOP_WAIT.items()),
     ]
     volumes = [
         (RUN_FOLDER, {"name": "run", "configMap": {"name": name}}),
@@ -123,11 +138,12 @@ def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
     submitter = _pod(_SUBMITTER, [], [], is_ray_node=False)
     submitter["spec"]["restartPolicy"] = "Never"
     spec = {
-        "entrypoint": f"cd /app && exec python -m trainer.launch {RUN_FOLDER}/run.yaml",
+        "entrypoint": f"cd /app && exec python -m trainer.launch {RUN_FOLDER}/run.yaml --resume auto",
+        "backoffLimit": 2,  # with a new cluster each time, on which the run goes on
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 3600,  # for a look at the logs
         "submitterPodTemplate": submitter,
-        "rayClusterSpec": _cluster(head, worker, "trainers", engine.num_workers, engine.num_workers),
+        "rayClusterSpec": _cluster(head, worker, "trainers", engine.max_workers, engine.max_workers),
     }
     run_file = {"run.yaml": yaml.safe_dump(tree, sort_keys=False, width=1000)}
     config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": run_file}

@@ -25,6 +25,7 @@ from deploy.settings import EXIT_INTERRUPTED, ROOT, LocalError, Settings, add_op
 from deploy.signals import end_as_interrupted
 from services.clients.jobs import JobsError
 from services.clients.reward import RewardError
+from services.clients.run_folder import RunFolder
 from services.clients.tracking import TrackingError
 from services.config.run import ConfigError, RunConfig, load_run_config
 from trainer.evaluation.paired import GAP_MEASURES, GAPS
@@ -60,7 +61,7 @@ def make(services: LocalServices, files: Sequence[Path]) -> None:
                 continue
             print(f"\nrun {number} of {len(files)}", flush=True)
             config = train(services.settings, file).config
-            evaluate(config, {"aligned": config.output_dir / config.name / "model"})
+            evaluate(config, {"aligned": RunFolder.find(config.output_dir, config.name).path / "model"})
             shutil.copy(file, _comparison(config).with_name(file.name))
     finally:
         services.down(started)
@@ -77,7 +78,7 @@ def summarize(files: Sequence[Path]) -> list[dict[str, Any]]:
     rows = []
     for file in files:
         config = load_run_config(file)
-        folder = config.output_dir / config.name
+        folder = RunFolder.find(config.output_dir, config.name).path
         numbers = json.loads(_comparison(config).read_text(encoding="utf-8"))
         kept = {
             policy: {name: values[name]["value"] for name in _KEPT if name in values}
