@@ -121,9 +121,9 @@ def describe(each: Outcome) -> str:
     )
 
 
-def table(outcomes: Sequence[Outcome], shares: Mapping[str, float]) -> str:
-    """Return deploy/runs/results/faults.md."""
-    rows = "\n".join(_row(each) for each in outcomes)
+def table(names: Sequence[str], done: Mapping[str, Outcome], shares: Mapping[str, float]) -> str:
+    """Return deploy/runs/results/faults.md: the rows of these names, done or not."""
+    rows = "\n".join(_row(done[name]) if name in done else f"| {name} | | | | | | not run yet |" for name in names)
     return _PAGE.format(rows=rows, checkpoint=shares["checkpoint"], record=shares["record"])
 
 
