@@ -30,14 +30,14 @@ from deploy.local import LocalServices, main
 from deploy.settings import ROOT, LocalError, Settings, free_port
 from services.clients.jobs import ADDRESS_VARIABLES, Jobs, JobsError
 from services.clients.tracking import Tracker
+from services.commands import main as cli
+from tests.integration.platform_runs import REWARD, at, srpo, write_run
 from tests.pictures import photo
-from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX, make_tiny_flux
+from tests.tiny_flux import HEIGHT_PX, PROMPTS, WIDTH_PX, make_tiny_flux
 from tests.tiny_judges import make_tiny_judges
 from tests.tiny_models import make_tiny_clip
 
 pytestmark = pytest.mark.slow
-
-REWARD = "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -84,35 +84,6 @@ def run_files(folder: Path) -> list[Path]:
         "guard": {"prompts_path": "heldout.txt", "num_prompts": 4},
     }
     return [write_run(folder, "there", "3D", "Flat", **changes), write_run(folder, "back", "Flat", "3D", **changes)]
-
-
-def write_run(folder: Path, name: str, positive: str, negative: str, **changes: Any) -> Path:
-    size = {"height_px": HEIGHT_PX, "width_px": WIDTH_PX, "max_sequence_length": MAX_SEQUENCE_LENGTH}
-    run = {
-        "name": name,
-        "num_steps": 2,
-        "model": {"path": "flux", **size},
-        "prompts": {"path": "train.txt"},
-        "control_words": {"positive": positive, "negative": negative},
-        "rollout": {"num_steps": 2},
-        "rewards": [{"name": REWARD}],
-        "optimizer": {"learning_rate": 1e-3},
-        "engine": {"num_workers": 2, "global_batch": 2},
-        "evaluation": {"prompts_path": "heldout.txt", "num_steps": 2, "judge_path": "judge"},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(run | changes), encoding="utf-8")
-    return path
-
-
-def at(where: Settings) -> dict[str, Any]:
-    """The sections of a run file that name the services."""
-    return {"reward_service": {"url": where.serve_url}, "tracking": {"uri": where.mlflow_url}}
-
-
-def srpo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "services.commands.main", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_up_again_starts_nothing(services: LocalServices, where: Settings) -> None:
@@ -249,25 +220,26 @@ def test_a_stopped_job_ends(services: LocalServices, folder: Path, run_files: li
 
 
 def test_a_job_sees_the_caller_s_keys_prints_none_and_has_time_to_end(
-    services: LocalServices, run_files: list[Path], monkeypatch: Any
+    services: LocalServices, run_files: list[Path], monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     key = f"key-{secrets.token_hex(8)}"
     for name in ("SRPO_API_KEY", "MLFLOW_TRACKING_TOKEN", "no_proxy"):
         monkeypatch.setenv(name, key)
-    jobs, printed, told = Jobs(services.settings.dashboard_url), "", list[str]()
+    jobs, printed, told = Jobs(address := services.settings.dashboard_url), "", ""
     digest = hashlib.sha256(key.encode()).hexdigest()
     job_id = jobs.submit(run_files[0], [digest], program="tests.integration.slow_to_end")
     for piece in jobs.follow(job_id):
         printed += piece
         if "ready" in printed and not told:
-            told.append("")
-            assert jobs.end(job_id, told.append) == "STOPPED"
+            assert cli.main(["stop", job_id, "--address", address]) == 0
+            told = capsys.readouterr().out
     seen = "MLFLOW_TRACKING_TOKEN SRPO_API_KEY no_proxy"
     assert f"driver: {seen}\n" in printed
     assert f"worker: {seen}\n" in printed
     assert printed.endswith("checkpoint written\n")
-    assert told[1].startswith(f"job {job_id} is ending (5 s; ")
+    assert told.startswith(f"job {job_id} is ending (5 s; a training writes a checkpoint)\n")
+    assert told.endswith(f"\njob {job_id}: STOPPED\n")
     assert key not in printed
     assert key not in "".join(file.read_text() for file in (services.settings.run_dir / "logs").iterdir())
 

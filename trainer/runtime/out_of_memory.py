@@ -19,7 +19,7 @@ _ADVICE = " If reserved but"  # begins what CUDA's message says after the number
 def memory_shortage(error: BaseException) -> str | None:
     """Return what ran out, with the numbers that are known; None if the error or its causes mean something else."""
     for each in causes(error):
-        if isinstance(each, MemoryError) or (isinstance(each, RuntimeError) and _WORDS.search(str(each))):
+        if isinstance(each, MemoryError) or (_is_of_torch(each) and _WORDS.search(str(each))):
             return _describe(each)
     return None
 
@@ -48,6 +48,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         yield each
         seen.add(id(each))
         each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+
+
+def _is_of_torch(error: BaseException) -> bool:
+    """Return whether torch may have raised it; what a service answers may tell of its memory, not of the worker's."""
+    return type(error) is RuntimeError or type(error).__module__.partition(".")[0] == "torch"
 
 
 def _describe(error: BaseException) -> str:

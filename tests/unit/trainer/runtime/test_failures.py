@@ -15,7 +15,7 @@ import yaml
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from deploy.settings import ROOT
-from services.clients.reward import RewardRejected, RewardUnreachable
+from services.clients.reward import RewardRejected, RewardUnavailable, RewardUnreachable
 from services.config.run import RunConfig
 from services.disk import DiskFullError
 from services.pictures import read_picture
@@ -67,6 +67,7 @@ def test_a_drive_that_fails_to_read_may_recover(reader: str, failing_drive: Path
         OSError(errno.ETIMEDOUT, "Connection timed out"),
         ConnectionResetError(),
         RewardUnreachable("nothing answers"),
+        RewardUnavailable("answered 500: CUDA out of memory"),
         RuntimeError("Connection closed by peer"),
     ],
 )
