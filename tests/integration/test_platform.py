@@ -207,7 +207,7 @@ def test_rays_own_command_trains(services: LocalServices, folder: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "done: " in result.stdout
-    assert (output_dir / "plain" / "evaluation.json").is_file()
+    assert (output_dir / "plain" / "latest" / "evaluation.json").is_file()
 
 
 def test_a_stopped_job_ends(services: LocalServices, folder: Path, run_files: list[Path], monkeypatch: Any) -> None:
