@@ -52,7 +52,7 @@ class Worker:
             self.policy, self.engine = self._load_policy()
             shift = self.policy.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
             self.pictures, self.oracle_pictures = evaluation_pictures(config, shift), oracle_pictures(config, shift)
-            self.client = PatientRewardClient(config.reward_service, beat=self._heartbeat.beat)
+            self.client = PatientRewardClient(config.reward_service, beat=self._heartbeat.beat, tell=self.say)
             judge_path = config.evaluation.judge_path
             self.judges = Judges.load(judge_path, self.device) if judge_path else None
             self.guard = self._make_guard()
