@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 RUN_FILE = ROOT / "deploy" / "faults" / "run.yaml"
 _WORKER_TITLE = "RayTrainWorker"  # in the title that Ray gives a worker's process
 _TIMEOUT_S = 300.0
+_PID = re.compile(r"pid=(\d+)")
 _STEP = re.compile(r"step (\d+)/\d+ ")
 
 
@@ -141,8 +142,13 @@ class Training:
         return found
 
     def steps_printed(self) -> list[int]:
-        """Return the steps in the order in which they were done, repeated ones more than once."""
-        return [step for line in self.lines if (step := _step_in(_unprefixed(line))) is not None]
+        """Return the steps in the order in which they were done, repeated ones more than once.
+
+        Two nodes on one machine share a folder of logs, and Ray prints each line of it for each of them. A process does
+        no step twice.
+        """
+        found = [(_pid_in(line), _step_in(_unprefixed(line))) for line in self.lines]
+        return [step for _, step in dict.fromkeys(found) if step is not None]
 
     def last_words(self) -> str:
         return "it printed last:\n" + "".join(self.lines[-15:])
@@ -166,6 +172,11 @@ class Training:
 def _unprefixed(line: str) -> str:
     """Return a line without Ray's "(RayTrainWorker pid=123) "."""
     return re.sub(r"^(\x1b\[\d+m)*\([^)]*pid=[^)]*\)(\x1b\[0m)? ", "", line)
+
+
+def _pid_in(line: str) -> str:
+    found = _PID.search(line)
+    return found[1] if found else ""
 
 
 def _step_in(line: str) -> int | None:
