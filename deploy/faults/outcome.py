@@ -98,7 +98,7 @@ def record_faults(training: Training, has_pictures: bool) -> tuple[int, int]:
 def _expected(config: RunConfig) -> dict[str, list[int]]:
     """Return which steps each metric must have."""
     steps = list(range(1, config.num_steps + 1))
-    step_metrics = ("loss", "grad_norm", "reward_denoise", "seconds_step", "steering_version")
+    step_metrics = ("loss", "skipped_updates", "reward_denoise", "seconds_step", "steering_version")
     assert config.guard is not None
     return {
         **dict.fromkeys(step_metrics, steps),
