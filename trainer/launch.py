@@ -86,7 +86,7 @@ def launch(config: RunConfig, run_file: Path, resume: str | None = None) -> RunF
         if is_new:
             begin(config, run, run_file)
         else:
-            take_up(config, run)
+            take_up(config, run, run_file)
         try:
             _train(config, run)
         except (LaunchError, StoppedError) as error:

@@ -21,9 +21,9 @@ from typing import TextIO
 
 from services.clients.delivered import Delivered
 from services.clients.sending import MAX_POINTS, Refusals, find_or_start, send, send_folder, send_points
-from services.clients.spool import RUN_TAG
 from services.clients.spool_file import FILE as SPOOL
 from services.clients.spool_file import Record, read_records
+from services.clients.spool_index import RUN_TAG
 from services.clients.tracking import RefusedError, Tracker, TrackingError
 from services.clients.tracking_errors import UnansweredError
 

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from services.clients.spool import RUN_TAG
 from services.clients.spool_file import ATTACHMENTS, Record
+from services.clients.spool_index import RUN_TAG
 from services.clients.tracking import Point, RefusedError, Tracker, check_metric_name
 
 MAX_POINTS = 1000  # in a call, MLflow's limit

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +28,8 @@ from typing import Any, Literal
 import PIL.Image
 
 from services.clients.spool_file import ATTACHMENTS, FILE, SpoolFile, read_records
+from services.clients.spool_index import RUN_TAG, SpoolIndex, step_of
 
-RUN_TAG = "srpo.run"  # on the MLflow run: which spool it is from
 _MAX_HELD, _MAX_HELD_BYTES = 10_000, 64 * 2**20  # records, and bytes of their pictures and files
 _FAST = 1  # of PNG's nine levels: a third of the default's time for a tenth more bytes
 
@@ -48,7 +48,7 @@ class Spool:
         self._limit_mib = limit_mib
         self._attached_bytes = 0  # at most: delivery deletes meanwhile
         self._mutex = threading.Lock()
-        self._known = _Known()
+        self._known = SpoolIndex()
         self._held: deque[_Entry] = deque()
         self._failure: str | None = None
         self._left_out: set[str] = set()
@@ -127,7 +127,7 @@ class Spool:
         """Return the numbers that a group has at a step, or None."""
         with self._mutex:
             for entry in self._held:
-                if _step_of(entry.kind, entry.payload) == (group, step):
+                if step_of(entry.kind, entry.payload) == (group, step):
                     return dict(entry.payload["values"])
             start = self._known.metrics.get((group, step))
         return None if start is None else dict(read_records(self.folder, start, max_bytes=1)[0].payload["values"])
@@ -142,7 +142,7 @@ class Spool:
     def last_step(self, group: str) -> int | None:
         """Return the last step at which a group has numbers, or None."""
         with self._mutex:
-            held = [_step_of(entry.kind, entry.payload) for entry in self._held]
+            held = [step_of(entry.kind, entry.payload) for entry in self._held]
             steps = [each[1] for each in (*self._known.metrics, *held) if each and each[0] == group]
         return max(steps, default=None)
 
@@ -249,41 +249,6 @@ class _Entry:
     kind: str
     payload: dict[str, Any]
     data: bytes
-
-
-@dataclass
-class _Known:
-    """What a spool has, so that it takes nothing twice."""
-
-    run: str | None = None
-    metrics: dict[tuple[str, int], int] = field(default_factory=dict)  # by group and step: where the line starts
-    images: set[tuple[str, int]] = field(default_factory=set)
-    params: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str | None] = field(default_factory=dict)
-    attachments: set[str] = field(default_factory=set)
-
-    def has(self, kind: str, payload: Mapping[str, Any]) -> bool:
-        if kind == "image":
-            return (payload["key"], payload["step"]) in self.images
-        return self.run is not None if kind == "start" else _step_of(kind, payload) in self.metrics
-
-    def note(self, kind: str, payload: Mapping[str, Any], start: int) -> None:
-        if kind == "start":
-            self.run = payload["tags"][RUN_TAG]
-        elif kind == "metrics":
-            self.metrics[payload["group"], payload["step"]] = start
-        elif kind == "image":
-            self.images.add((payload["key"], payload["step"]))
-        elif kind == "params":
-            self.params |= payload["params"]
-        elif kind == "tag":
-            self.tags[payload["key"]] = payload["value"]
-        if "file" in payload:
-            self.attachments.add(payload["file"].partition("/")[0])
-
-
-def _step_of(kind: str, payload: Mapping[str, Any]) -> tuple[str, int] | None:
-    return (payload["group"], payload["step"]) if kind == "metrics" else None
 
 
 def _unique(name: str) -> str:

@@ -89,8 +89,8 @@ class EngineConfig(Frozen):
     """Recompute transformer blocks and VAE decoder in the backward, which saves memory and costs time."""
 
     heartbeat_minutes: PositiveFloat = 15
-    """How long a worker may take from one image, request or update to the next. One that takes longer hangs: it prints
-    where, ends, and is replaced as if it had died."""
+    """How long a worker may take from one call of the model or request to the next. One that takes longer hangs: it
+    prints where, ends, and is replaced as if it had died. Loading and writing models or checkpoints do not count."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> EngineConfig:

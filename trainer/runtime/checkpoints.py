@@ -60,8 +60,11 @@ class Checkpoints:
         if worker.rank == 0:
             self._store.remove_incomplete()
         while (manifest := self._shared(manifests.pop() if manifests else None)) is not None:
-            if self._is_whole(manifest):
-                self._load(manifest)
+            with worker.heartbeat.paused():
+                is_taken = self._is_whole(manifest)
+                if is_taken:
+                    self._load(manifest)
+            if is_taken:
                 self._step = self._saved_step = manifest.step
                 worker.say(f"goes on from step {manifest.step} on {worker.num_workers} workers: {manifest.folder}")
                 return manifest.step
@@ -126,10 +129,11 @@ class Checkpoints:
             worker.log(lambda record: record.set_tag("stopped_by", reason))
         worker.log(lambda record: record.set_tag("exported_step", str(step)))
         worker.say(f"guard: {reason or 'no rule was broken'}; the result is step {step}'s")
-        if step == 0:
-            worker.take_base()
-        elif step != guard.last_step:
-            self._take_weights(step)
+        with worker.heartbeat.paused():
+            if step == 0:
+                worker.take_base()
+            elif step != guard.last_step:
+                self._take_weights(step)
         return step
 
     def close(self) -> None:
@@ -145,7 +149,8 @@ class Checkpoints:
         self._saved_step = step
 
     def _settle(self) -> None:
-        self._writer.settle(partial(holds_everywhere, device=self._worker.device))
+        with self._worker.heartbeat.paused():  # where storage is slow, it may take long
+            self._writer.settle(partial(holds_everywhere, device=self._worker.device))
 
     def _save_in_step(self, timeout_s: float) -> None:
         """Save the last whole state, in a thread of its own, while a step goes on that will be dropped."""

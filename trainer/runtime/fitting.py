@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 from ray.train import TrainingFailedError
@@ -36,17 +38,25 @@ def fit(trainer: TorchTrainer, run: RunFolder) -> None:
     """
     outcome: Future[None] = Future()
     threading.Thread(target=_fit, args=(trainer, outcome), name="fit", daemon=True).start()
-    with _stopping_at_signals(run):
-        while not outcome.done():
+    with _stopping_at_signals(run) as stop:
+        while not outcome.done() and not stop.is_overdue:
             time.sleep(_POLL_S)
-            requested = run.stop_requested
-            if requested is not None and time.time() - requested.at > _STOP_S:
-                break
-    request = run.stop_requested
     if outcome.done() and (error := outcome.exception()) is not None:
         raise LaunchError(str(error)) from error
-    if request is not None:
-        raise StoppedError(request.reason)
+    if (reason := stop.reason or (request.reason if (request := run.stop_requested) else None)) is not None:
+        raise StoppedError(reason)
+
+
+@dataclass
+class _Stop:
+    """The signal that this process got, if any, and when the workers are cut off."""
+
+    reason: str | None = None
+    deadline: float = math.inf
+
+    @property
+    def is_overdue(self) -> bool:
+        return time.monotonic() > self.deadline
 
 
 def _fit(trainer: TorchTrainer, outcome: Future[None]) -> None:
@@ -61,19 +71,20 @@ def _fit(trainer: TorchTrainer, outcome: Future[None]) -> None:
 
 
 @contextmanager
-def _stopping_at_signals(run: RunFolder) -> Iterator[None]:
+def _stopping_at_signals(run: RunFolder) -> Iterator[_Stop]:
     """Ask the run to stop at the first signal within the context; a second one interrupts at once."""
+    asked = _Stop()
 
     def stop(number: int, _: FrameType | None) -> None:
-        if run.stop_requested is not None:
+        if asked.reason is not None:
             raise StoppedError("at the second signal")
-        name = signal.Signals(number).name
-        print(f"{name}: the run saves a checkpoint and stops, in {_STOP_S:g} s at the latest", flush=True)
-        run.request_stop(name)
+        asked.reason, asked.deadline = signal.Signals(number).name, time.monotonic() + _STOP_S
+        print(f"{asked.reason}: the run saves a checkpoint and stops, in {_STOP_S:g} s at the latest", flush=True)
+        run.request_stop(asked.reason)
 
     before = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

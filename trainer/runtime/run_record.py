@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from services.clients.delivery import Delivery
 from services.clients.run_folder import RunFolder, RunFolderError
@@ -15,6 +18,7 @@ from services.config.resume import ResumeError, require_same_training
 from services.config.run import RunConfig
 
 _PACKAGES = ("srpo-ray", "torch", "deepspeed", "ray", "diffusers", "transformers", "peft")
+_GIT_S = 30.0
 _FIRST_S, _LAST_S, _UPLOAD_S = 10.0, 60.0, 3600.0  # how long to wait for MLflow: at the start, at the end, for a model
 
 
@@ -26,26 +30,25 @@ def create(config: RunConfig) -> RunFolder:
 
 def begin(config: RunConfig, run: RunFolder, run_file: Path) -> None:
     """Begin the record of a new run."""
-    spool = Spool(run.path, config.tracking.spool_mib)
-    spool.start(config.tracking.experiment, config.name, {"srpo.run": run.id, "srpo.folder": str(run.path)})
-    spool.log_params(flatten(config.model_dump(mode="json")))
-    spool.log_file(run_file)
+    _start(config, run, run_file)
     _deliver(config, run, _FIRST_S)
 
 
-def take_up(config: RunConfig, run: RunFolder) -> None:
+def take_up(config: RunConfig, run: RunFolder, run_file: Path) -> None:
     """Go on with a run's record, under a configuration that may differ where the training does not.
 
     Raise ResumeError where it may not, and RunFolderError if there is nothing left to do.
     """
     record = run.record()
-    changes = require_same_training(RunConfig.model_validate(record["config"]), config)
+    changes = require_same_training(_recorded_config(run), config)
     if record.get("status") == "FINISHED" and "num_steps" not in changes:
         raise RunFolderError(
             f"run {run.id} has finished its {config.num_steps} steps: prolong it with --set num_steps=…, or start a "
             "new run without --resume"
         )
     spool = Spool(run.path, config.tracking.spool_mib)
+    if spool.run is None:  # killed before its record began
+        _start(config, run, run_file)
     spool.resume()
     for key, change in changes.items():
         print(f"changed: {key} {change}", flush=True)
@@ -59,10 +62,10 @@ def take_up(config: RunConfig, run: RunFolder) -> None:
 def can_go_on(config: RunConfig) -> bool:
     """Return whether the newest run of this name is not finished and is the training that `config` describes."""
     runs = RunFolder.all(config.output_dir, config.name)
-    if not runs or (record := runs[-1].record()).get("status") == "FINISHED":
+    if not runs or runs[-1].record().get("status") == "FINISHED":
         return False
     try:
-        require_same_training(RunConfig.model_validate(record["config"]), config)
+        require_same_training(_recorded_config(runs[-1]), config)
     except ResumeError:
         return False
     return True
@@ -80,9 +83,27 @@ def end(config: RunConfig, run: RunFolder, status: RunStatus) -> None:
 def versions() -> dict[str, str]:
     """Return the versions of what computes a run: packages, and the commit of a checkout."""
     found = {package: version(package) for package in _PACKAGES}
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
+    if (git := shutil.which("git")) is None:  # as in the image
+        return found
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_GIT_S)
+    return found | ({"commit": answer.stdout.strip()} if answer.returncode == 0 else {})
+
+
+def _start(config: RunConfig, run: RunFolder, run_file: Path) -> None:
+    spool = Spool(run.path, config.tracking.spool_mib)
+    spool.start(config.tracking.experiment, config.name, {"srpo.run": run.id, "srpo.folder": str(run.path)})
+    spool.log_params(flatten(config.model_dump(mode="json")))
+    spool.log_file(run_file)
+
+
+def _recorded_config(run: RunFolder) -> RunConfig:
+    """Return the configuration of a run. Raise ResumeError for one that this version cannot read."""
+    try:
+        return RunConfig.model_validate(run.record()["config"])
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ResumeError(f"run {run.id} is of another version: this one cannot read its key {key}") from error
 
 
 def _deliver(config: RunConfig, run: RunFolder, timeout_s: float) -> None:

@@ -17,6 +17,7 @@ from services.clients.run_folder import RunFolder
 from services.clients.spool import Spool
 from services.config.run import RunConfig
 from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
+from services.disk import full_disk_named
 from trainer.algorithm.learner import worker_samples
 from trainer.algorithm.methods import make_learner, num_backwards
 from trainer.algorithm.step_metrics import StepMetrics, progress_line
@@ -42,7 +43,7 @@ class Worker:
         self.config, self.run, self.folder = config, run, run.path
         logging.getLogger().setLevel(logging.WARNING)  # Ray sets INFO: a line for every request and report
         self.seconds = StepMetrics()  # by phase, over the whole run
-        self._heartbeat = Heartbeat(config.engine.heartbeat_minutes)
+        self.heartbeat = Heartbeat(config.engine.heartbeat_minutes)
         with self.seconds.timed("load"):
             torch.set_num_threads(config.engine.threads_per_worker)
             self.device = init_distributed(config.engine.use_gpu)
@@ -52,7 +53,7 @@ class Worker:
             self.policy, self.engine = self._load_policy()
             shift = self.policy.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
             self.pictures, self.oracle_pictures = evaluation_pictures(config, shift), oracle_pictures(config, shift)
-            self.client = PatientRewardClient(config.reward_service, beat=self._heartbeat.beat, tell=self.say)
+            self.client = PatientRewardClient(config.reward_service, beat=self.heartbeat.beat, tell=self.say)
             judge_path = config.evaluation.judge_path
             self.judges = Judges.load(judge_path, self.device) if judge_path else None
             self.guard = self._make_guard()
@@ -62,7 +63,7 @@ class Worker:
             read_tags = self._delivery.tags if self._delivery else None
             self.steering = LiveSteering(config, self.device, self._spool, read_tags, check)
         self.last_numbers: dict[str, float] = {}  # the last step's metrics and the last check's, on worker 0
-        self.policy.transformer.register_forward_pre_hook(lambda *_: self._heartbeat.beat())
+        self.policy.transformer.register_forward_pre_hook(lambda *_: self.heartbeat.beat())
 
     @property
     def is_recording(self) -> bool:
@@ -87,7 +88,7 @@ class Worker:
 
     def close(self) -> None:
         """End what runs beside the training. The launcher delivers what the record still holds."""
-        self._heartbeat.stop()
+        self.heartbeat.stop()
         if self._spool is not None and self._delivery is not None:
             self._spool.close()
             self._delivery.close(timeout_s=0)
@@ -157,7 +158,7 @@ class Worker:
 
     def export(self) -> None:
         """Write the aligned model as a folder that FluxPipeline loads, and the adapter alone in a LoRA run."""
-        with self.seconds.timed("export"):
+        with self.seconds.timed("export"), self.heartbeat.paused(), full_disk_named(self.folder / "model"):
             self.engine.export(self._write_model)
         uploads = {"never": (), "adapter": ("adapter",), "always": ("model", "adapter")}[self.config.tracking.log_model]
         for name in uploads:

@@ -106,5 +106,28 @@ def test_mlflow_away_for_the_whole_run_costs_no_number(
     assert_same(run, undisturbed)
 
 
+def test_a_run_that_waits_in_vain_for_rewards_saves_the_last_step_and_goes_on_later(
+    stack: TrainingStack, undisturbed: Run
+) -> None:
+    """The step that waits is dropped: what is saved is the state before it, although no checkpoint was due."""
+    service = {"url": stack.reward_url, "patience_minutes": 0.05}
+    run_file = stack.write_run("unrewarded", sections={"reward_service": service}, zero_stage=2)
+
+    def on_request(count: int, _: int) -> None:
+        if count >= IN_STEP_4:
+            raise RuntimeError("the service is away")
+
+    stack.observer.observe(on_request)
+    with stack.start(run_file) as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, output
+    assert "the service is away" not in output
+    assert f"step 3 of {NUM_STEPS} is saved; go on with: srpo run unrewarded.yaml --resume" in output
+    stack.observer.observe(lambda count, pid: None)
+    resumed = stack.train(run_file, "--resume")
+    assert "goes on from step 3 on 2 workers" in resumed.output
+    assert_same(resumed, undisturbed)
+
+
 def in_folder(stack: TrainingStack, run_file: Path) -> Path:
     return stack.folder / run_file.name

@@ -12,8 +12,9 @@ import pytest
 
 from services.clients.delivery import Delivery
 from services.clients.sending import MAX_POINTS
-from services.clients.spool import RUN_TAG, Spool
+from services.clients.spool import Spool
 from services.clients.spool_file import ATTACHMENTS, read_records
+from services.clients.spool_index import RUN_TAG
 from services.clients.tracking import Tracker, TrackingError
 from tests.mlflow_server import eventually
 from tests.recorded import BOUND_S, deliver, log_step, points, recorded_points

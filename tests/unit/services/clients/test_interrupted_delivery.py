@@ -13,8 +13,9 @@ import PIL.Image
 import pytest
 
 from services.clients.delivery import Delivery
-from services.clients.spool import RUN_TAG, Spool
+from services.clients.spool import Spool
 from services.clients.spool_file import ATTACHMENTS
+from services.clients.spool_index import RUN_TAG
 from services.clients.tracking import Tracker
 from tests.mlflow_server import MlflowServer, eventually
 from tests.recorded import BOUND_S, deliver, log_step, points, recorded_points

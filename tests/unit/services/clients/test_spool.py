@@ -16,8 +16,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from services.clients.spool import RUN_TAG, Spool
+from services.clients.spool import Spool
 from services.clients.spool_file import ATTACHMENTS, FILE, read_records
+from services.clients.spool_index import RUN_TAG
 
 OpenSpool = Callable[..., Spool]
 
