@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow
 from pyarrow import fs
@@ -49,6 +49,23 @@ class StoredFile:
     name: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPath:
+    """The path of a file in a storage that is not local. Opening and reading it raises CheckpointError."""
+
+    _files: Any
+    _path: str
+
+    def __str__(self) -> str:
+        return self._path
+
+    @contextmanager
+    def open(self, _mode: Literal["rb"], /) -> Iterator[Any]:
+        """Let the file be read from any byte on within the context."""
+        with _named(self._path, "read"), self._files.open_input_file(self._path) as file:
+            yield file
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +105,11 @@ class CheckpointStore:
         found = [manifest for folder in folders if (manifest := self.manifest(folder)) is not None]
         return sorted(found, key=lambda each: (each.step, each.facts.get("time", 0)))
 
-    @contextmanager
-    def fetched(self, manifest: Manifest, names: Sequence[str] | None = None) -> Iterator[list[Path]]:
-        """Let a checkpoint's files, or those of some names, be local within the context."""
-        wanted = [file.name for file in manifest.files if names is None or file.name in names]
+    def files(self, manifest: Manifest) -> list[StoredPath | Path]:
+        """Return where a checkpoint's files are; what is read of them is all that is moved."""
         if self.is_local:
-            yield [Path(manifest.folder) / name for name in wanted]
-            return
-        with TemporaryDirectory() as folder:
-            with _named(manifest.folder, "fetched"):
-                for name in wanted:
-                    with self._files.open_input_stream(f"{manifest.folder}/{name}") as source:
-                        _copy(source, Path(folder) / name)
-            yield [Path(folder) / name for name in wanted]
+            return [Path(manifest.folder) / file.name for file in manifest.files]
+        return [StoredPath(self._files, f"{manifest.folder}/{file.name}") for file in manifest.files]
 
     def damage(self, manifest: Manifest, names: Sequence[str] | None = None) -> str | None:
         """Read a checkpoint's files, or those of some names, and return what is wrong with the first bad one."""
@@ -260,11 +269,6 @@ def _removed_on_error(path: Path) -> Iterator[None]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-
-
-def _copy(source: Any, path: Path) -> None:
-    with path.open("wb") as target:
-        shutil.copyfileobj(source, target, _COPY_BYTES)
 
 
 def _sum(source: Any) -> tuple[int, str]:

@@ -46,7 +46,7 @@ def _sync(args: argparse.Namespace) -> int:
         delivery = Delivery(folder, uri)
     except OSError as error:
         raise UsageError(f"{folder} must be writable, for notes of what has arrived: {error.strerror}") from error
-    _follow(delivery, args.timeout_s)
+    _follow(delivery, left, args.timeout_s)
     left = delivery.close(timeout_s=0)
     if left:
         print(f"{left} records are left in {folder}: {delivery.trouble or 'they came meanwhile'}", flush=True)
@@ -55,9 +55,9 @@ def _sync(args: argparse.Namespace) -> int:
     return 1 if left or delivery.refused else 0
 
 
-def _follow(delivery: Delivery, timeout_s: float) -> None:
-    """Return when all is delivered, or when nothing was for `timeout_s`."""
-    left = total = delivery.num_left
+def _follow(delivery: Delivery, total: int, timeout_s: float) -> None:
+    """Return when all `total` records are delivered, or when none was for `timeout_s`."""
+    left = total
     moved = time.monotonic()
     while left and not delivery.is_over:
         now_left = delivery.drain(min(_LINE_S, timeout_s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import tempfile
 import threading
@@ -114,11 +115,21 @@ def assert_right(scorer: Scorer, request: RewardRequest, answer: RewardResponse)
     np.testing.assert_allclose(np.asarray(answer.image_gradient), np.asarray(local.image_gradient), atol=1e-6)
 
 
-def replicas_leave(services: LocalServices) -> bool:
+def replicas(services: LocalServices) -> list[tuple[str, int]]:
+    """Return state and process id (0 before it has one) of each replica of the deployment that answers callers."""
     api = f"{services.settings.dashboard_url}{APPLICATIONS_PATH}"
     applications = requests.get(api, headers=request_headers(), timeout=30).json()["applications"]
     deployments = applications.get("reward", {}).get("deployments", {})  # none, while a new version is built
-    return any(each["state"] == "STOPPING" for each in deployments.get("RewardService", {}).get("replicas", []))
+    listed = deployments.get("RewardService", {}).get("replicas", [])
+    return [(each["state"], each.get("pid", 0)) for each in listed]
+
+
+def only_replica(services: LocalServices) -> int:
+    """Return the process id of the replica that runs, or 0 as long as another one comes or leaves."""
+    match replicas(services):
+        case [("RUNNING", pid)]:
+            return pid
+    return 0
 
 
 @pytest.mark.slow
@@ -246,7 +257,7 @@ def test_a_replica_that_must_go_answers_what_it_began(
     with under_way(client.url, request) as answer:
         api = f"{services.settings.dashboard_url}{APPLICATIONS_PATH}"
         requests.put(api, json=config, headers=request_headers(), timeout=60).raise_for_status()
-        wait_until(lambda: replicas_leave(services), timeout_s=60)
+        wait_until(lambda: "STOPPING" in dict(replicas(services)), timeout_s=60)
     response = answer.result()
     assert response.status_code == httpx.codes.OK, response.text
     assert_right(scorer, request, RewardResponse.from_bytes(response.content))
@@ -257,9 +268,6 @@ def test_a_replica_that_must_go_answers_what_it_began(
 def test_killing_a_replica_under_load_loses_no_answer(
     services: LocalServices, client: RewardClient, scorer: Scorer
 ) -> None:
-    def replicas() -> list[psutil.Process]:
-        return [each for each in services.ray.members() if "RewardService" in " ".join(each.cmdline())]
-
     sent_requests = [make_request(seed, batch=1 + seed % 4) for seed in range(20 * NUM_CALLERS)]
     has_answered = threading.Event()
 
@@ -268,12 +276,12 @@ def test_killing_a_replica_under_load_loses_no_answer(
         has_answered.set()
         return answer
 
-    (victim,) = wait_until(lambda: found if len(found := replicas()) == 1 else [])  # an old version has left
+    victim = wait_until(lambda: only_replica(services), timeout_s=60)  # an old version has left
     with ThreadPoolExecutor(NUM_CALLERS) as callers:
         answers = callers.map(score, sent_requests)
         assert has_answered.wait(timeout=60)
-        victim.send_signal(signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
         for request, answer in zip(sent_requests, answers, strict=True):
             assert_right(scorer, request, answer)
-    assert victim.pid not in {each.pid for each in replicas()}
+    assert victim not in [pid for _, pid in replicas(services)]
     assert httpx.get(client.url + READY_PATH).status_code == httpx.codes.OK

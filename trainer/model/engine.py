@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -33,6 +32,7 @@ from services.config.finetune import EmaConfig
 from trainer.model.ema import Average
 from trainer.model.fragments import AVERAGE, MOMENTS, WEIGHTS, Fragments, open_fragments
 from trainer.model.shards import Shards
+from trainer.model.tensor_file import FilePlace
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
@@ -143,7 +143,7 @@ class Engine:
         return Fragments(num_updates, shards.shapes, {name: shard.own for name, shard in own.items()}, copied)
 
     @torch.no_grad()
-    def load(self, files: Sequence[Path]) -> None:
+    def load(self, files: Sequence[FilePlace]) -> None:
         """Take up the training state that the snapshots of any number of workers, in any stage, wrote to `files`.
 
         All workers call this together. Raise ValueError, with a parameter's name, if the files lack one or a part of

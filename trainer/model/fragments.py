@@ -1,4 +1,4 @@
-"""Keep a training state as fragments on disk: each worker writes its own, any number of workers reads what it needs.
+"""Keep a training state as fragments in files: each worker writes its own, any number of workers reads what it needs.
 
     Fragments(num_updates, shapes, ranges, values).save(folder / "0.safetensors")  # on each worker
     with open_fragments(files) as state:
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from trainer.model.tensor_file import FilePlace, TensorFile, open_tensors
 
 WEIGHTS, AVERAGE = "weights", "average"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim.AdamW names them
@@ -63,12 +65,12 @@ class Fragments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SavedState:
-    """A training state on disk: the files of all workers that wrote it. See Fragments for the words."""
+    """A training state in the files of all workers that wrote it. See Fragments for the words."""
 
     num_updates: int
     kinds: frozenset[str]
     shapes: Shapes
-    _places: Mapping[str, Sequence[tuple[range, Any]]]
+    _places: Mapping[str, Sequence[tuple[range, TensorFile]]]
 
     def read(self, kind: str, name: str, wanted: range) -> Tensor:
         """Return the numbers `wanted` of a flattened parameter, (len(wanted),) float32, and read no others."""
@@ -76,8 +78,14 @@ class SavedState:
         for part, file in self._places[name]:
             start, stop = max(part.start, wanted.start), min(part.stop, wanted.stop)
             if start < stop:
-                pieces.append(file.get_slice(f"{kind}/{name}")[start - part.start : stop - part.start])
+                pieces.append(file.read(f"{kind}/{name}", range(start - part.start, stop - part.start)))
         return torch.cat(pieces)
+
+    def weight(self, name: str) -> Tensor:
+        """Return a trained weight whole, float32: its average if the run has one."""
+        kind = AVERAGE if AVERAGE in self.kinds else WEIGHTS
+        shape = self.shapes[name]
+        return self.read(kind, name, range(math.prod(shape))).view(shape)
 
     def require(self, shapes: Shapes, has_average: bool) -> None:
         """Raise ValueError, with a parameter's name, if this is no state of a run that trains parameters `shapes`."""
@@ -97,7 +105,7 @@ def _described(shape: tuple[int, ...] | None) -> str:
 
 
 @contextmanager
-def open_fragments(files: Sequence[Path]) -> Iterator[SavedState]:
+def open_fragments(files: Sequence[FilePlace]) -> Iterator[SavedState]:
     """Open the files of all workers. Raise ValueError if one cannot be read, or if together they are not one state.
 
     The message names the file, or the parameter of which a part is missing.
@@ -107,7 +115,7 @@ def open_fragments(files: Sequence[Path]) -> Iterator[SavedState]:
     with ExitStack() as stack:
         opened = [_open(file, stack) for file in files]
         first = opened[0][0]
-        places: dict[str, list[tuple[range, Any]]] = {name: [] for name in first["shapes"]}
+        places: dict[str, list[tuple[range, TensorFile]]] = {name: [] for name in first["shapes"]}
         for path, (header, file) in zip(files, opened, strict=True):
             for key in ("num_updates", "kinds", "shapes"):
                 if header[key] != first[key]:
@@ -121,23 +129,17 @@ def open_fragments(files: Sequence[Path]) -> Iterator[SavedState]:
         yield SavedState(first["num_updates"], frozenset(first["kinds"]), shapes, places)
 
 
-def checkpoint_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+def checkpoint_weights(files: Sequence[FilePlace]) -> dict[str, Tensor]:
     """Return the trained weights whole, float32: their average if the run has one. Raise as open_fragments does."""
     with open_fragments(files) as state:
-        kind = AVERAGE if AVERAGE in state.kinds else WEIGHTS
-        return {
-            name: state.read(kind, name, range(math.prod(shape))).view(shape) for name, shape in state.shapes.items()
-        }
+        return {name: state.weight(name) for name in state.shapes}
 
 
-def _open(path: Path, stack: ExitStack) -> tuple[dict[str, Any], Any]:
-    try:
-        file = stack.enter_context(safe_open(path, framework="pt"))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+def _open(place: FilePlace, stack: ExitStack) -> tuple[dict[str, Any], TensorFile]:
+    file = stack.enter_context(open_tensors(place))
+    header = json.loads(file.metadata.get(_HEADER, "{}"))
     if header.get("format") != _FORMAT:
-        raise ValueError(f"{path} holds no training state of format {_FORMAT}")
+        raise ValueError(f"{place} holds no training state of format {_FORMAT}")
     return header, file
 
 

@@ -24,7 +24,7 @@ from services.clients.checkpoint_store import (
     checkpoint_location,
 )
 from services.clients.reward import RewardError
-from trainer.model.fragments import checkpoint_weights
+from trainer.model.fragments import open_fragments
 from trainer.runtime.agreement import holds_everywhere, text_of_worker_0
 from trainer.runtime.checkpoint_writer import CheckpointWriter
 from trainer.runtime.stopping import Stopped, StopWatch
@@ -189,8 +189,7 @@ class Checkpoints:
         if worker.guard is not None and facts["guard"] is not None:
             worker.guard.restore(facts["guard"])
         if manifest.files:
-            with self._store.fetched(manifest) as files:
-                worker.engine.load(files)
+            worker.engine.load(self._store.files(manifest))
 
     def _is_whole(self, manifest: Manifest) -> bool:
         """Let each worker read some of the files, and return on all whether all are as they were written."""
@@ -213,5 +212,5 @@ class Checkpoints:
         found = [each for each in self._store.manifests() if each.step == step]
         if not found:
             raise CheckpointError(f"{self._store.location} has no checkpoint of step {step}, the best one")
-        with self._store.fetched(found[-1]) as files:
-            self._worker.engine.replace_weights(checkpoint_weights(files).__getitem__)
+        with open_fragments(self._store.files(found[-1])) as state:
+            self._worker.engine.replace_weights(state.weight)

@@ -198,8 +198,7 @@ class Run:
         """Return the weights of a checkpoint that was kept."""
         store = CheckpointStore(str(self.folder / "checkpoints"))
         (manifest,) = [each for each in store.manifests() if each.step == step]
-        with store.fetched(manifest) as files:
-            return checkpoint_weights(files)
+        return checkpoint_weights(store.files(manifest))
 
     def artifacts(self, folder: str | None = None) -> set[str]:
         """Return the paths of the run's artifacts in a folder."""

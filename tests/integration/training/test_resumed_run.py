@@ -50,7 +50,9 @@ def assert_same(run: Run, undisturbed: Run) -> None:
     torch.testing.assert_close(run.weights(), undisturbed.weights(), rtol=0, atol=WEIGHTS_ATOL)
 
 
-def test_a_run_whose_driver_died_goes_on_past_a_damaged_checkpoint(stack: TrainingStack, undisturbed: Run) -> None:
+def test_a_run_whose_driver_died_goes_on_past_a_damaged_checkpoint(
+    stack: TrainingStack, undisturbed: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_file = stack.write_run("orphaned", zero_stage=2)
     end_in_step_4(stack, run_file, lambda pid: os.kill(pid, signal.SIGKILL))
     folder = RunFolder.find(stack.folder / "outputs", "orphaned").path
@@ -63,9 +65,11 @@ def test_a_run_whose_driver_died_goes_on_past_a_damaged_checkpoint(stack: Traini
     assert "goes on from step 0 on 2 workers" in resumed.output
     assert resumed.folder == folder
     assert_same(resumed, undisturbed)
-    assert (
-        main(["checkpoints", str(in_folder(stack, run_file)), "--set", f"output_dir={stack.folder / 'outputs'}"]) == 0
-    )
+    outputs = f"output_dir={stack.folder / 'outputs'}"
+    assert main(["checkpoints", str(run_file), "--set", outputs]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0].startswith(f"run {folder.name}: ")
+    assert (listed[1].split()[0], listed[-1].split()[0]) == ("step", str(NUM_STEPS))
 
 
 def test_a_stopped_run_goes_on_with_other_workers_and_is_prolonged(stack: TrainingStack, undisturbed: Run) -> None:
@@ -88,30 +92,19 @@ def test_a_stopped_run_goes_on_with_other_workers_and_is_prolonged(stack: Traini
     assert [step for step, _ in prolonged.history("loss")] == list(range(1, NUM_STEPS + 3))
 
 
-def test_mlflow_away_for_the_whole_run_costs_no_number(
+def test_a_run_without_mlflow_that_waits_in_vain_for_rewards_goes_on_later_and_loses_no_number(
     stack: TrainingStack, undisturbed: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """`srpo sync` delivers the record later, here to another address."""
-    nowhere = "http://127.0.0.1:9"  # the discard port: nothing answers
+    """The step that waits is dropped: what is saved is the state before it, although no checkpoint was due.
+
+    `srpo sync` delivers the record at the end, here to another address.
+    """
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    run_file = stack.write_run("unheard", sections={"tracking": {"uri": nowhere}}, zero_stage=2)
-    output = stack.finish(run_file)
-    folder = RunFolder.find(stack.folder / "outputs", "unheard")
-    assert f"`srpo sync {folder.path}` delivers them" in output
-    assert folder.mlflow_run_id is None
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    assert main(["sync", str(folder.path), "--tracking-uri", uri]) == 0
-    client = mlflow.MlflowClient(uri)
-    run = Run(folder.path, client, client.get_run(str(folder.mlflow_run_id)), output)
-    assert_same(run, undisturbed)
-
-
-def test_a_run_that_waits_in_vain_for_rewards_saves_the_last_step_and_goes_on_later(
-    stack: TrainingStack, undisturbed: Run
-) -> None:
-    """The step that waits is dropped: what is saved is the state before it, although no checkpoint was due."""
-    service = {"url": stack.reward_url, "patience_minutes": 0.05}
-    run_file = stack.write_run("unrewarded", sections={"reward_service": service}, zero_stage=2)
+    sections = {
+        "tracking": {"uri": "http://127.0.0.1:9"},  # the discard port: nothing answers
+        "reward_service": {"url": stack.reward_url, "patience_minutes": 0.05},
+    }
+    run_file = stack.write_run("forsaken", sections=sections, zero_stage=2)
 
     def on_request(count: int, _: int) -> None:
         if count >= IN_STEP_4:
@@ -121,13 +114,14 @@ def test_a_run_that_waits_in_vain_for_rewards_saves_the_last_step_and_goes_on_la
     with stack.start(run_file) as process:
         output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1, output
-    assert "the service is away" not in output
-    assert f"step 3 of {NUM_STEPS} is saved; go on with: srpo run unrewarded.yaml --resume" in output
+    assert f"step 3 of {NUM_STEPS} is saved; go on with: srpo run forsaken.yaml --resume" in output
     stack.observer.observe(lambda count, pid: None)
-    resumed = stack.train(run_file, "--resume")
-    assert "goes on from step 3 on 2 workers" in resumed.output
-    assert_same(resumed, undisturbed)
-
-
-def in_folder(stack: TrainingStack, run_file: Path) -> Path:
-    return stack.folder / run_file.name
+    output = stack.finish(run_file, "trainer.launch", "--resume")
+    assert "goes on from step 3 on 2 workers" in output
+    folder = RunFolder.find(stack.folder / "outputs", "forsaken")
+    assert f"`srpo sync {folder.path}` delivers them" in output
+    assert folder.mlflow_run_id is None
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert main(["sync", str(folder.path), "--tracking-uri", uri]) == 0
+    client = mlflow.MlflowClient(uri)
+    assert_same(Run(folder.path, client, client.get_run(str(folder.mlflow_run_id)), output), undisturbed)

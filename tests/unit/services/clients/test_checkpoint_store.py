@@ -65,8 +65,11 @@ def save(store: CheckpointStore, step: int, num_workers: int = 2, attempt: str =
 
 
 def contents(store: CheckpointStore, manifest: Manifest) -> list[bytes]:
-    with store.fetched(manifest) as files:
-        return [file.read_bytes() for file in files]
+    read = []
+    for place in store.files(manifest):
+        with place.open("rb") as file:
+            read.append(file.read())
+    return read
 
 
 def test_what_was_saved_is_read_back(store: CheckpointStore) -> None:
@@ -75,8 +78,9 @@ def test_what_was_saved_is_read_back(store: CheckpointStore) -> None:
     (manifest,) = store.manifests()
     assert (manifest.step, store.damage(manifest)) == (10, None)
     assert contents(store, manifest) == [b"10 of 0" * 1000, b"10 of 1" * 1000]
-    with store.fetched(manifest, ["policy_1.safetensors"]) as (file,):
-        assert file.read_bytes() == b"10 of 1" * 1000
+    with store.files(manifest)[1].open("rb") as file:
+        file.seek(7 * 999 + 3)
+        assert file.read(4) == b"of 1"
 
 
 def test_a_checkpoint_without_all_its_parts_is_none(store: CheckpointStore) -> None:
