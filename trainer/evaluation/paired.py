@@ -14,7 +14,6 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from trainer.evaluation.statistics import edge_strength, luma
 
@@ -60,6 +59,8 @@ def _reduced(images: Tensor) -> Tensor:
 
 
 def _values_of_batch(images: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    from torchmetrics.functional.image import structural_similarity_index_measure  # on use: it takes 4 s to import
+
     pixels, real = images.double() / 255, truth.double() / 255
     edges, real_edges = edge_strength(pixels), edge_strength(real)
     ssim = structural_similarity_index_measure(pixels, real, data_range=1.0, reduction="none")

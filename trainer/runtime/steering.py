@@ -18,7 +18,7 @@ import torch
 
 from services.clients.reward import RewardClient, RewardError
 from services.clients.spool import Spool
-from services.clients.tracking import TrackingError
+from services.clients.tracking_errors import TrackingError
 from services.config.run import RunConfig
 from services.config.steering import ERROR_TAG, TAG, Steering, SteeringError, version_tag
 from trainer.data.prompt_files import LocatedPrompt

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from services.clients.delivery import Delivery
 from services.clients.patient_reward import PatientRewardClient
 from services.clients.run_folder import RunFolder
 from services.clients.spool import Spool
@@ -35,6 +35,9 @@ from trainer.runtime.heartbeat import Heartbeat
 from trainer.runtime.paths import replaced_folder
 from trainer.runtime.steering import LiveSteering, check_with_service
 
+if TYPE_CHECKING:
+    from services.clients.delivery import Delivery
+
 
 class Worker:
     """A training process, with policy, engine, learner and guard. All workers call every method, in the same order."""
@@ -49,7 +52,7 @@ class Worker:
             self.device = init_distributed(config.engine.use_gpu)
             self.rank, self.num_workers = dist.get_rank(), dist.get_world_size()
             self._spool = Spool(run.path, config.tracking.spool_mib) if self.rank == 0 else None
-            self._delivery = Delivery(run.path, config.tracking.uri) if self._spool else None
+            self._delivery = self._begin_delivery() if self._spool else None
             self.policy, self.engine = self._load_policy()
             shift = self.policy.resolve_shift(config.rollout.shift, config.model.height_px, config.model.width_px)
             self.pictures, self.oracle_pictures = evaluation_pictures(config, shift), oracle_pictures(config, shift)
@@ -164,6 +167,11 @@ class Worker:
         for name in uploads:
             if (self.folder / name).is_dir():
                 self.log(partial(Spool.log_folder, path=self.folder / name, name=name))
+
+    def _begin_delivery(self) -> Delivery:
+        from services.clients.delivery import Delivery  # on use: MLflow takes 2 s to import, and one worker needs it
+
+        return Delivery(self.folder, self.config.tracking.uri)
 
     def _load_policy(self) -> tuple[Policy, Engine]:
         config = self.config
