@@ -20,7 +20,7 @@ from deploy.faults.training import FaultError, Training, kill, until
 from services.clients.checkpoint_store import CheckpointStore, checkpoint_location
 
 NOTICE_S = 20
-_NUM_KILLS, _KILLS_SEED, _KILL_WITHIN_S = 20, 0, 20.0
+_NUM_KILLS, _KILLS_SEED, _KILL_WITHIN_S, _STEP_S = 20, 0, 15.0, 3.0
 
 
 def kill_a_worker(_: Stage, training: Training) -> None:
@@ -116,14 +116,21 @@ def freeze_a_worker(_: Stage, training: Training) -> None:
 
 
 def kill_at_random(_: Stage, training: Training) -> None:
-    """Kill driver, one worker or all at twenty random moments, and take the run up each time the driver died."""
-    random = Random(_KILLS_SEED)
+    """Kill driver, one worker or all at twenty random moments, and take the run up each time the driver died.
+
+    About half of the moments are within a start, the others one or two steps later.
+    """
+    random, done = Random(_KILLS_SEED), 0
     training.start()
     for number in range(_NUM_KILLS):
         began = time.monotonic()
         victim = random.choice(("driver", "worker", "workers"))
         until(lambda: bool(training.workers()), timeout_s=120)
-        time.sleep(random.uniform(0, _KILL_WITHIN_S))
+        if random.random() < 0.5:
+            time.sleep(random.uniform(0, _KILL_WITHIN_S))
+        else:
+            training.wait_for_step(done + random.randint(1, 2))
+            time.sleep(random.uniform(0, _STEP_S))
         victims = {"driver": lambda: [training.launcher], "worker": lambda: training.workers()[:1]}
         for process in victims.get(victim, training.workers)():
             kill(process)
