@@ -22,7 +22,7 @@ class Hpsv3Args(WeightsArgs):
     """`path`: the published HPSv3.safetensors, a file or MizzenAI/HPSv3/HPSv3.safetensors.
 
     `config`: a YAML file of the package, which names the Qwen2-VL that it loads first; None: the package's own, for
-    Qwen/Qwen2-VL-7B-Instruct.
+    Qwen/Qwen2-VL-7B-Instruct. Its entries bf16 and torch_dtype are the precision, so this kind has no key for that.
     """
 
     kind: Literal["hpsv3"]

@@ -180,7 +180,7 @@ class Scorer:
         scales = torch.tensor([k for part in chunk for k in part.preference_scales], device=reward.device)
         with phase(self._record, "forward"):
             if with_gradient:
-                outcome, image_gradient = value_for_gradient(similarities, images, scales)
+                outcome, image_gradient = value_for_gradient(similarities, images, scales, reward.gradient_scale)
             else:
                 outcome = value(similarities, images, scales)
             rewards, positive = outcome.rewards.cpu(), outcome.positive_similarities.cpu()
