@@ -8,6 +8,7 @@ A job has one reward; combine.py adds several up. Blocking and not thread-safe: 
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,16 +20,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reward_server.metrics import BATCH_IMAGES, IMAGES, Record, ignore, phase
+from reward_server.metrics import BATCH_IMAGES, IMAGES, OUT_OF_MEMORY, Record, ignore, phase
 from reward_server.models import AnyArgs
 from reward_server.models.preprocess import as_float
 from reward_server.scoring.combine import NotFinite
 from reward_server.scoring.loaded_reward import LoadedReward, Prepared
+from reward_server.scoring.out_of_memory import OutOfMemory, short_of_memory
 from reward_server.scoring.reward_info import UnknownReward
 from reward_server.scoring.srp import value, value_for_gradient
 from services.contract import ContractError, Images, RewardRequest, RewardResponse
 
-Answer = RewardResponse | ContractError  # a caller's mistake is its own answer, not the end of the others' batch
+# A caller's mistake, or images too large for the device, are an answer of their own, not the end of the others' batch.
+Failure = ContractError | OutOfMemory
+_FAILURES = (ContractError, OutOfMemory)  # the same, as `except` has it
+Answer = RewardResponse | Failure
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +102,17 @@ class Scorer:
         dtype. Without a gradient bytes stay bytes, which models/preprocess.py resizes faster; mixed with floats they
         would have to become floats, and a score would depend on what other callers send.
         """
-        outcomes: list[list[_Outcome] | ContractError] = [[] for _ in jobs]
+        outcomes: list[list[_Outcome] | Failure] = [[] for _ in jobs]
         for (name, with_gradient, *_), group in self._groups(jobs, outcomes).items():
             scored = self._score_group(self.rewards[name], with_gradient, group)
             for part, outcome in zip(group, scored, strict=True):
                 known = outcomes[part.job]
-                if isinstance(outcome, ContractError):
+                if isinstance(outcome, Failure):
                     outcomes[part.job] = outcome
                 elif isinstance(known, list):
                     known.append(outcome)
         return [
-            outcome if isinstance(outcome, ContractError) else self._answer(job, outcome)
+            outcome if isinstance(outcome, Failure) else self._answer(job, outcome)
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
 
@@ -133,14 +139,15 @@ class Scorer:
         return replace(job, request=replace(job.request, images=smaller))
 
     def _groups(
-        self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | ContractError]
+        self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | Failure]
     ) -> dict[tuple[str, bool, bool, tuple[int, ...]], list[_Part]]:
         """Group the parts that may share a forward; a job that cannot be scored gets its error as its outcome."""
         groups = defaultdict(list)
         for index, job in enumerate(jobs):
             try:
-                prepared = self._reward(job.reward).prepare(job.request.pairs)
-            except ContractError as error:
+                with short_of_memory(f"{job.num_images} prompt pairs for reward {job.reward!r}"):
+                    prepared = self._reward(job.reward).prepare(job.request.pairs)
+            except _FAILURES as error:
                 outcomes[index] = error
                 continue
             for part in _parts(index, job.request, prepared):
@@ -156,12 +163,12 @@ class Scorer:
 
     def _score_group(
         self, reward: LoadedReward, with_gradient: bool, group: list[_Part]
-    ) -> Sequence[_Outcome | ContractError]:
+    ) -> Sequence[_Outcome | Failure]:
         """Return one outcome for each part; a forward has at most max_batch_images views, or one image."""
         max_images = max(1, self._max_batch_images // reward.num_views)
         try:
-            chunks = [self._score_chunk(reward, with_gradient, chunk) for chunk in _chunks(group, max_images)]
-        except ContractError as error:  # a text is too long for a joint model: find whose
+            chunks = [self._score_in_memory(reward, with_gradient, chunk) for chunk in _chunks(group, max_images)]
+        except _FAILURES as error:  # a text is too long for a joint model, or memory lacks: find whose, and for whom
             jobs = [list(parts) for _, parts in groupby(group, key=lambda part: part.job)]
             if len(jobs) == 1:
                 return [error] * len(group)
@@ -169,6 +176,22 @@ class Scorer:
         sizes = [len(part.images) for part in group]
         columns = [_cat(list(column)).split(sizes) for column in zip(*chunks, strict=True)]
         return [_Outcome(part.first, *row) for part, row in zip(group, zip(*columns, strict=True), strict=True)]
+
+    def _score_in_memory(self, reward: LoadedReward, with_gradient: bool, chunk: list[_Part]) -> list[Tensor]:
+        """Score a chunk; if it does not fit into the device's memory, in halves. Raise OutOfMemory for one image."""
+        num_images = sum(len(part.images) for part in chunk)
+        height, width = chunk[0].images.shape[-2:]
+        what = f"{num_images} images of {width} x {height} pixels for reward {reward.name!r}"
+        try:
+            with short_of_memory(what):
+                return self._score_chunk(reward, with_gradient, chunk)
+        except OutOfMemory as error:
+            self._record(OUT_OF_MEMORY, 1, {"reward": reward.name})
+            _log.warning("%s; lower max_batch_images or raise num_gpus", error.reason)
+            if num_images == 1:
+                raise
+        halves = [self._score_in_memory(reward, with_gradient, half) for half in _chunks(chunk, (num_images + 1) // 2)]
+        return [_cat(list(column)) for column in zip(*halves, strict=True)]
 
     def _score_chunk(self, reward: LoadedReward, with_gradient: bool, chunk: list[_Part]) -> list[Tensor]:
         """Return rewards, positive and negative similarities, and the image gradient if requested, of all images.

@@ -19,9 +19,9 @@ from reward_server.models import AnyArgs, ImageOnly
 from reward_server.scoring.batching import Batcher
 from reward_server.scoring.loaded_reward import LoadedReward
 from reward_server.scoring.reward_info import RewardInfo
-from reward_server.scoring.scorer import Answer, Job, Scorer
+from reward_server.scoring.scorer import Answer, Failure, Job, Scorer
 from reward_server.scoring.threads import in_thread_if_large
-from services.contract import ContractError, RewardResponse
+from services.contract import RewardResponse
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -50,12 +50,12 @@ class Worker:
         self.infos = {name: _info(served, rewards[name].kind) for name, served in self._scorer.rewards.items()}
 
     async def score(self, job: Job) -> RewardResponse:
-        """Score one job. Raise ContractError if it cannot be scored, and Overloaded if too many images wait."""
+        """Score one job. Raise ContractError if it cannot be scored, Overloaded if too many wait or memory lacks."""
         if num_bytes := self._scorer.bytes_to_shrink(job):
             with phase(self._record, "resize"):
                 job = await in_thread_if_large(num_bytes, self._scorer.shrunk, job)
         answer = await self._batcher.submit(job)
-        if isinstance(answer, ContractError):
+        if isinstance(answer, Failure):
             raise answer
         return answer
 

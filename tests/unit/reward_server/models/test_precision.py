@@ -74,8 +74,8 @@ def test_rewards_and_gradients_differ_from_float32_by_rounding(
 
 
 def test_weights_take_the_memory_of_their_dtype_unless_under_autocast() -> None:
-    for dtype, autocast, weights in (("bfloat16", False, torch.bfloat16), ("bfloat16", True, torch.float32)):
-        args = PrecisionArgs(path="x", dtype=dtype, autocast=autocast)
+    for autocast, weights in ((False, torch.bfloat16), (True, torch.float32)):
+        args = PrecisionArgs(path="x", dtype="bfloat16", autocast=autocast)
         assert Precision(args).place(nn.Linear(2, 2)).weight.dtype == weights
 
 
