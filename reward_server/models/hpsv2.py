@@ -13,6 +13,7 @@ from torchvision.transforms.functional import normalize as standardize
 from reward_server.models.precision import Precision
 from reward_server.models.preprocess import as_float, fit_and_pad
 from reward_server.models.protocol import check_length
+from reward_server.models.transfer import to_device
 from reward_server.models.views import ViewsArgs, embed_views
 from reward_server.models.weights import (
     WeightsError,
@@ -54,7 +55,7 @@ class Hpsv2Reward:
 
     def embed_image(self, images: Tensor) -> Tensor:
         crop_px = self._size_px, self._size_px
-        images = images.to(self._precision.device)
+        images = to_device(images, self._precision.device)
         return embed_views(images, self._preprocess, self._encode, self._crops, crop_px)
 
     def _encode(self, pixels: Tensor) -> Tensor:

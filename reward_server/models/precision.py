@@ -15,6 +15,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from reward_server.models.transfer import to_device
 from reward_server.models.weights import WeightsArgs
 
 # float16 has no numbers below 6e-8, and a pixel's part in a gradient is often smaller. A power of two loses no digit;
@@ -60,7 +61,7 @@ class Precision:
 
     def run(self, network: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         """Return network(pixels) as float32; in float32 this is the network itself."""
-        pixels = pixels.to(self.device)
+        pixels = to_device(pixels, self.device)
         if self.is_float32:
             return network(pixels)
         if self._is_autocast:
