@@ -16,19 +16,17 @@ from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from reward_server.metrics import BATCH_IMAGES, IMAGES, OUT_OF_MEMORY, PHASE_SECONDS, Record, ignore
 from reward_server.models import AnyArgs
-from reward_server.models.transfer import joined, to_cpu, to_device
+from reward_server.models.transfer import joined
 from reward_server.scoring.combine import NotFinite
+from reward_server.scoring.forward import start
 from reward_server.scoring.loaded_reward import LoadedReward
 from reward_server.scoring.out_of_memory import OutOfMemory, short_of_memory
 from reward_server.scoring.parts import CPU, Part, as_images, cat, chunks_of, parts_of
 from reward_server.scoring.reward_info import UnknownReward
-from reward_server.scoring.srp import value, value_for_gradient
-from reward_server.scoring.stopwatch import Stopwatch
 from services.contract import ContractError, Images, RewardRequest, RewardResponse
 
 # A caller's mistake, or images too large for the device, are an answer of their own, not the end of the others' batch.
@@ -65,7 +63,11 @@ class _Outcome:
 
 
 class Scorer:
-    """Loads the rewards of this process: `rewards`, by name, in the order of the configuration."""
+    """Loads the rewards of this process: `rewards`, by name, in the order of the configuration.
+
+    max_batch_images: views of a forward, the image and its crops. `max_images` says how many images that are for each
+    reward; it may be set.
+    """
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class Scorer:
         record: Record = ignore,
     ) -> None:
         self.rewards = {name: LoadedReward(name, args, num_cached_texts, record) for name, args in rewards.items()}
-        self._max_batch_images = max_batch_images
+        self.max_images = {name: max(1, max_batch_images // each.num_views) for name, each in self.rewards.items()}
         self._record = record
 
     def score(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -147,11 +149,10 @@ class Scorer:
     def _score_group(
         self, reward: LoadedReward, with_gradient: bool, group: list[Part]
     ) -> Sequence[_Outcome | Failure]:
-        """Return one outcome for each part; a forward has at most max_batch_images views, or one image."""
-        max_images = max(1, self._max_batch_images // reward.num_views)
+        """Return one outcome for each part."""
+        in_chunks = chunks_of(group, self.max_images[reward.name])
         try:
-            started = (self._start_in_memory(reward, with_gradient, chunk) for chunk in chunks_of(group, max_images))
-            chunks = list(one_ahead(started))
+            chunks = list(one_ahead(self._start_in_memory(reward, with_gradient, chunk) for chunk in in_chunks))
         except _FAILURES as error:  # a text is too long for a joint model, or memory lacks: find whose, and for whom
             jobs = [list(parts) for _, parts in groupby(group, key=lambda part: part.job)]
             if len(jobs) == 1:
@@ -185,24 +186,14 @@ class Scorer:
         Return a function that waits for them and returns them, for all images, on the CPU.
         """
         images = as_images([part.images for part in chunk], reward.device, stay_bytes=not with_gradient)
-        similarities = reward.similarities([each for part in chunk for each in part.prepared])
-        scales = to_device(torch.tensor([k for part in chunk for k in part.preference_scales]), reward.device)
-        stopwatch = Stopwatch(reward.device)
-        if with_gradient:
-            outcome, image_gradient = value_for_gradient(similarities, images, scales, reward.gradient_scale)
-        else:
-            outcome = value(similarities, images, scales)
-        stopwatch.mark()
-        columns = [outcome.rewards, outcome.positive_similarities, outcome.negative_similarities]
-        if with_gradient:
-            columns.append(image_gradient())
-            stopwatch.mark()
-        arrived, num_images = to_cpu(columns), len(images)
+        prepared = [each for part in chunk for each in part.prepared]
+        scales = [scale for part in chunk for scale in part.preference_scales]
+        wait, num_images = start(reward, images, prepared, scales, with_gradient), len(images)
 
         def finish() -> list[Tensor]:
-            on_cpu = arrived()
-            self._record_chunk(reward.name, num_images, stopwatch.seconds())
-            return on_cpu
+            columns, seconds = wait()
+            self._record_chunk(reward.name, num_images, seconds)
+            return columns
 
         return finish
 
