@@ -68,6 +68,10 @@ class OwnReward:
         self._name = name
         self._worker = Worker({name: reward}, args, _RayRecord(), _gpu_share([reward]))
 
+    def check_health(self) -> None:
+        """Let Serve replace a replica whose GPU answers no more; Serve calls this by name."""
+        self._worker.check_health()
+
     async def score(self, request: RewardRequest, request_id: str) -> tuple[Outcome, RewardInfo]:
         """Return the outcome of the request under this reward, and the description of the loaded reward."""
         outcome: Outcome
@@ -99,6 +103,10 @@ class RewardService:
 
     def __serve_build_asgi_app__(self) -> _OneRequestId:
         return _OneRequestId(build_app(self.score, self._infos, self._args.limits, self._keys, self._record))
+
+    def check_health(self) -> None:
+        """Let Serve replace a replica whose GPU answers no more; Serve calls this by name."""
+        self._worker.check_health()
 
     async def score(self, request: RewardRequest, request_id: str) -> RewardResponse:
         """Score all the request's rewards at once and combine them. Raise ContractError or Overloaded."""

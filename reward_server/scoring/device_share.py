@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-_CONTEXT_GIB = 0.6  # of each process: CUDA's context and kernels, which torch's allocator does not count
+CONTEXT_GIB = 0.6  # of each process: CUDA's context and kernels, which torch's allocator does not count
 _GIB = 2**30
 
 
@@ -20,10 +20,10 @@ def hold_to_share(share: float) -> None:
 
 def allowed_fraction(share: float, total_bytes: int) -> float:
     """Return what torch's allocator may have of a card, as a fraction. Raise ValueError if nothing is left of it."""
-    fraction = share - _CONTEXT_GIB * _GIB / total_bytes
+    fraction = share - CONTEXT_GIB * _GIB / total_bytes
     if fraction <= 0:
         raise ValueError(
-            f"num_gpus {share:g} of a card of {total_bytes / _GIB:.1f} GiB is not more than the {_CONTEXT_GIB} GiB "
+            f"num_gpus {share:g} of a card of {total_bytes / _GIB:.1f} GiB is not more than the {CONTEXT_GIB} GiB "
             "that CUDA takes for each process"
         )
     return fraction

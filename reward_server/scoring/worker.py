@@ -55,6 +55,7 @@ class Worker:
         self._torch_thread = ThreadPoolExecutor(1, "torch", torch.set_num_threads, (args.torch_threads,))
         self._scorer = self._torch_thread.submit(_load, rewards, args, record, gpu_share).result()
         self._record = record
+        self._lost: torch.AcceleratorError | None = None
         most = max(self._scorer.max_images.values(), default=1)
         max_batch_images = most if args.max_batch_images == "auto" else args.max_batch_images
         self._batcher = Batcher(
@@ -72,8 +73,17 @@ class Worker:
             raise answer
         return answer
 
+    def check_health(self) -> None:
+        """Raise RuntimeError if the device is lost to this process, so that it should be replaced."""
+        if self._lost is not None:
+            raise RuntimeError(f"the device is lost to this process: {self._lost}")
+
     async def _score_batch(self, jobs: Sequence[Job]) -> list[Answer]:
-        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, self._scorer.score, jobs)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._torch_thread, self._scorer.score, jobs)
+        except torch.AcceleratorError as error:  # CUDA gives it again at each call; lack of memory is none (scorer.py)
+            self._lost = error
+            raise
 
 
 def _load(rewards: Mapping[str, AnyArgs], args: WorkerArgs, record: Record, gpu_share: float) -> Scorer:

@@ -116,6 +116,37 @@ def test_one_image_too_large_is_an_answer_to_come_back_and_the_process_goes_on(c
 
 
 @pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError(CUDA_TEXT), False),
+    ],
+    ids=["lost", "short of memory"],
+)
+def test_a_process_that_lost_its_device_says_so_and_one_without_memory_does_not(
+    clip: ClipArgs, error: RuntimeError, is_lost: bool
+) -> None:
+    async def run() -> None:
+        worker = Worker({"tiny-clip": clip}, WorkerArgs())
+        worker.check_health()
+
+        def fail(module: Any, inputs: tuple[Any, ...]) -> None:
+            raise error
+
+        model: Any = worker._scorer.rewards["tiny-clip"].model
+        model._model.vision_model.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError):
+            await worker.score(make_job(1))
+        if is_lost:
+            with pytest.raises(RuntimeError, match=r"lost to this process.*illegal memory access"):
+                worker.check_health()
+        else:
+            worker.check_health()
+
+    asyncio.run(asyncio.wait_for(run(), timeout=60))
+
+
+@pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError(CUDA_TEXT),
