@@ -6,9 +6,10 @@
     python -m deploy.kube job --run deploy/runs/flux1_dev_srpo.yaml | kubectl apply -f -
 
 Rewards, limits and worker counts are thus written down once. A run with `engine.use_gpu` gets GPUs; --gpu puts another
-run, or the rewards, on GPUs. Every secret is a reference (SECRET; _OPTIONAL lists keys that it may lack). You make the
-volume claims, which are named only if needed: srpo-weights for model paths under /weights, srpo-outputs (ReadWriteMany)
-for a training.
+run, or the rewards, on GPUs. Workers on GPUs share a pod up to --gpus-per-node, so that NVLink joins them. Every secret
+is a reference (SECRET; OPTIONAL lists keys that it may lack). You make the volume claims, which are named only if
+needed: srpo-weights for model paths under /weights, srpo-outputs (ReadWriteMany) for a training, srpo-models
+(ReadWriteMany) for what is loaded from the hub.
 """
 
 from __future__ import annotations
@@ -17,82 +18,71 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from deploy.pods import (
+    HUB_CACHE,
+    HUB_VOLUME,
+    OPTIONAL,
+    Size,
+    Tree,
+    is_hub_id,
+    is_of_hub,
+    pod,
+    probe,
+    secret,
+    strings,
+    weights,
+)
 from deploy.settings import ROOT
 from services.clients.jobs import STOP_WAIT
+from services.config.engine import EngineConfig
 from services.config.run import RunConfig, load_run_config
 
-Tree = dict[str, Any]
-
-SECRET = "srpo-ray"  # kubectl create secret generic srpo-ray --from-literal=api-keys=… --from-literal=api-key=…
-_OPTIONAL = {  # variables of pods that use hub or bucket, and their keys in the secret, which may lack them
-    "HF_TOKEN": "hf-token",
-    "AWS_ACCESS_KEY_ID": "aws-access-key-id",
-    "AWS_SECRET_ACCESS_KEY": "aws-secret-access-key",
-    "AWS_SESSION_TOKEN": "aws-session-token",
-}
 SERVICE = "srpo-reward"
 REWARD_URL = f"http://{SERVICE}-serve-svc:8000"  # the name that KubeRay gives the Kubernetes service of a RayService
 MLFLOW_URL = "http://mlflow:5000"
-RUN_FOLDER, OUTPUT_FOLDER, WEIGHTS_FOLDER = "/etc/srpo", "/outputs", "/weights"
-_HEALTH = ("/api/healthz", 52365)  # of Ray's agent on every node: its raylet, on the head the GCS too
+RUN_FOLDER, OUTPUT_FOLDER = "/etc/srpo", "/outputs"
+GPUS_PER_NODE = 8
 _SERVE_HEALTH = ("/-/healthz", 8000)  # of the node's HTTP proxy, which drains before it goes
 _FAST_PROXY = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")  # deploy/haproxy.py has them too
 _INGRESS = "RewardService"  # the deployment that answers HTTP, of reward_server/deployment.py
 _RIGHTS = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}  # of the autoscaler beside the head
 _LOOPBACK = ("//127.0.0.1", "//localhost")  # a run file that names this machine means services of the same cluster
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Requests and limits of a pod, which are equal: Ray plans with these numbers. Memory is a starting point."""
-
-    cpus: int
-    memory_gib: int
-    gpus: int = 0
-
-    @property
-    def resources(self) -> Tree:
-        amounts = {"cpu": str(self.cpus), "memory": f"{self.memory_gib}Gi"}
-        if self.gpus:
-            amounts["nvidia.com/gpu"] = str(self.gpus)
-        return {"requests": amounts, "limits": dict(amounts)}
-
-
 _HEAD = Size(cpus=2, memory_gib=4)
 _SUBMITTER = Size(cpus=1, memory_gib=1)
 
 
 def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
-    """Return the RayService of a Serve configuration; on a cluster it listens on all interfaces, with keys."""
+    """Return the RayService of a Serve configuration; on a cluster it listens on all interfaces, with keys.
+
+    A pod has room for one replica of each deployment, so that those with a part of a GPU each can share one.
+    """
     serve = copy.deepcopy(serve)
     serve["http_options"]["host"] = "0.0.0.0"
     if on_gpu:
         _move_to_gpus(serve)
     deployments = [each for application in serve["applications"] for each in application["deployments"]]
     options = [each.get("ray_actor_options", {}) for each in deployments]
-    size = Size(
-        cpus=max(2, math.ceil(max(each.get("num_cpus", 1) for each in options))),
-        memory_gib=8,
-        gpus=math.ceil(max(each.get("num_gpus", 0) for each in options)),
-    )
+    gpus = math.ceil(max(each.get("num_gpus", 0) for each in options))
+    cpus = max(2, math.ceil(sum(each.get("num_cpus", 1) for each in options)))
+    size = Size(cpus, memory_gib=32 if gpus else 8, gpus=gpus)  # weights pass through it on their way to a GPU
     environment = [
-        _secret("SRPO_API_KEYS", "api-keys"),
-        *(_secret(name, key, optional=True) for name, key in _OPTIONAL.items()),
+        secret("SRPO_API_KEYS", "api-keys"),
+        *(secret(name, key, optional=True) for name, key in OPTIONAL.items()),
         *({"name": each, "value": "1"} for each in _FAST_PROXY),
     ]
-    volumes = _weights(_strings(serve))
-    head = _pod(_HEAD, environment, volumes, ports={"serve": 8000})
-    worker = _pod(size, environment, volumes, ports={"serve": 8000})
+    volumes = weights(strings(serve))
+    if any(is_of_hub(reward) for each in serve["applications"] for reward in each["args"]["rewards"].values()):
+        environment, volumes = [*environment, HUB_CACHE], [*volumes, HUB_VOLUME]
+    head = pod(_HEAD, environment, volumes, ports={"serve": 8000})
+    worker = pod(size, environment, volumes, ports={"serve": 8000})
     (replica,) = worker["spec"]["containers"]
-    replica["readinessProbe"] = _probe(_SERVE_HEALTH, num_failures=1)  # no requests to a node that cannot take them
+    replica["readinessProbe"] = probe(_SERVE_HEALTH, num_failures=1)  # no requests to a node that cannot take them
     # What was accepted may still be answered; 30 s, unless said, would cut it short.
     worker["spec"]["terminationGracePeriodSeconds"] = math.ceil(serve["http_options"]["request_timeout_s"]) + 20
     head["spec"]["automountServiceAccountToken"] = True  # the autoscaler beside it asks for pods
@@ -106,8 +96,11 @@ def rayservice(serve: Tree, on_gpu: bool) -> list[Tree]:
     return [_resource("RayService", SERVICE, spec)]
 
 
-def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
-    """Return the RayJob of a training: a cluster of its own, one pod for each worker, its run file as a ConfigMap."""
+def rayjob(run: RunConfig, on_gpu: bool, gpus_per_node: int = GPUS_PER_NODE) -> list[Tree]:
+    """Return the RayJob of a training: a cluster of its own, its run file as a ConfigMap.
+
+    Each worker has a pod, and workers on GPUs share one as far as a node has GPUs.
+    """
     tree = run.model_dump(mode="json", exclude_unset=True)
     tree["output_dir"] = OUTPUT_FOLDER
     if on_gpu:
@@ -119,23 +112,23 @@ def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
     engine = RunConfig.model_validate(tree).engine
 
     name = "srpo-" + run.name.replace("_", "-")
-    cpus = math.ceil(engine.cpus_per_worker)
-    memory_gib = math.ceil(engine.memory_gib_per_worker or (96 if engine.use_gpu else 4))
-    size = Size(cpus, memory_gib, gpus=int(engine.use_gpu))
+    num_pods, size = _worker_pods(engine, gpus_per_node)
     environment = [
-        _secret("SRPO_API_KEY", "api-key"),
-        _secret("MLFLOW_TRACKING_USERNAME", "mlflow-username", optional=True),
-        _secret("MLFLOW_TRACKING_PASSWORD", "mlflow-password", optional=True),
-        *(_secret(name, key, optional=True) for name, key in _OPTIONAL.items()),
+        secret("SRPO_API_KEY", "api-key"),
+        secret("MLFLOW_TRACKING_USERNAME", "mlflow-username", optional=True),
+        secret("MLFLOW_TRACKING_PASSWORD", "mlflow-password", optional=True),
+        *(secret(name, key, optional=True) for name, key in OPTIONAL.items()),
         *({"name": name, "value": value} for name, value in STOP_WAIT.items()),
     ]
     volumes = [
         (RUN_FOLDER, {"name": "run", "configMap": {"name": name}}),
         (OUTPUT_FOLDER, {"name": "outputs", "persistentVolumeClaim": {"claimName": "srpo-outputs"}}),
-        *_weights(_strings(tree)),
+        *weights(strings(tree)),
     ]
-    head, worker = _pod(_HEAD, environment, volumes), _pod(size, environment, volumes)
-    submitter = _pod(_SUBMITTER, [], [], is_ray_node=False)
+    if is_hub_id(run.model.path):
+        environment, volumes = [*environment, HUB_CACHE], [*volumes, HUB_VOLUME]
+    head, worker = pod(_HEAD, environment, volumes), pod(size, environment, volumes)
+    submitter = pod(_SUBMITTER, [], [], is_ray_node=False)
     submitter["spec"]["restartPolicy"] = "Never"
     spec = {
         "entrypoint": f"cd /app && exec python -m trainer.launch {RUN_FOLDER}/run.yaml --resume auto",
@@ -143,11 +136,28 @@ def rayjob(run: RunConfig, on_gpu: bool) -> list[Tree]:
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 3600,  # for a look at the logs
         "submitterPodTemplate": submitter,
-        "rayClusterSpec": _cluster(head, worker, "trainers", engine.max_workers, engine.max_workers),
+        "rayClusterSpec": _cluster(head, worker, "trainers", num_pods, num_pods),
     }
     run_file = {"run.yaml": yaml.safe_dump(tree, sort_keys=False, width=1000)}
     config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": run_file}
     return [config_map, _resource("RayJob", name, spec)]
+
+
+def _worker_pods(engine: EngineConfig, gpus_per_node: int) -> tuple[int, Size]:
+    """Return how many pods of what size the workers need, all alike.
+
+    Raise ValueError if a worker needs more GPUs than a node has.
+    """
+    memory_gib = engine.memory_gib_per_worker or (96 if engine.use_gpu else 4)
+    if not engine.use_gpu:
+        return engine.max_workers, Size(math.ceil(engine.cpus_per_worker), math.ceil(memory_gib))
+    gpus_per_worker: float = getattr(engine, "gpus_per_worker", 1)  # a key that not every version of a run file has
+    if gpus_per_worker > gpus_per_node:
+        raise ValueError(f"engine.gpus_per_worker is {gpus_per_worker:g}, but a node has {gpus_per_node} GPUs")
+    num_pods = math.ceil(engine.max_workers / int(gpus_per_node / gpus_per_worker))
+    each = math.ceil(engine.max_workers / num_pods)  # 12 workers on nodes of 8: 6 and 6, not 8 and 4
+    cpus, gpus = math.ceil(each * engine.cpus_per_worker), math.ceil(each * gpus_per_worker)
+    return num_pods, Size(cpus, math.ceil(each * memory_gib), gpus)
 
 
 def _move_to_gpus(serve: Tree) -> None:
@@ -185,61 +195,6 @@ def _cluster(head: Tree, worker: Tree, group: str, num_workers: int, max_workers
     }
 
 
-def _pod(
-    size: Size,
-    environment: Sequence[Tree],
-    volumes: Sequence[tuple[str, Tree]],
-    *,
-    ports: Mapping[str, int] | None = None,
-    is_ray_node: bool = True,
-) -> Tree:
-    """Return deploy/pod.yaml with size, variables and volumes (mount path, volume); KubeRay adds probes to a node."""
-    pod: Tree = yaml.safe_load((ROOT / "deploy" / "pod.yaml").read_text(encoding="utf-8"))
-    (container,) = pod["spec"]["containers"]
-    container["resources"] = size.resources
-    container["env"] += environment
-    for path, volume in volumes:
-        container["volumeMounts"].append({"name": volume["name"], "mountPath": path})
-        pod["spec"]["volumes"].append(volume)
-    if ports:
-        container["ports"] = [{"name": name, "containerPort": port} for name, port in ports.items()]
-    if size.gpus:
-        pod["spec"]["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    if is_ray_node:
-        container["startupProbe"] = _probe(_HEALTH, num_failures=60)
-        container["livenessProbe"] = _probe(_HEALTH, num_failures=24)  # two minutes: a restart loses what runs there
-        container["readinessProbe"] = _probe(_HEALTH, num_failures=3)
-    return pod
-
-
-def _probe(place: tuple[str, int], num_failures: int) -> Tree:
-    path, port = place
-    request = {"path": path, "port": port}
-    return {"httpGet": request, "periodSeconds": 5, "timeoutSeconds": 4, "failureThreshold": num_failures}
-
-
-def _secret(variable: str, key: str, optional: bool = False) -> Tree:
-    reference: Tree = {"name": SECRET, "key": key}
-    return {"name": variable, "valueFrom": {"secretKeyRef": reference | ({"optional": True} if optional else {})}}
-
-
-def _weights(texts: Sequence[str]) -> list[tuple[str, Tree]]:
-    """Return the volume with the weights, if a setting names a path in it."""
-    if not any(text.startswith(f"{WEIGHTS_FOLDER}/") for text in texts):
-        return []
-    claim = {"claimName": "srpo-weights", "readOnly": True}
-    return [(WEIGHTS_FOLDER, {"name": "weights", "persistentVolumeClaim": claim})]
-
-
-def _strings(tree: object) -> list[str]:
-    """Yield all strings in a tree of settings."""
-    if isinstance(tree, Mapping):
-        return [text for value in tree.values() for text in _strings(value)]
-    if isinstance(tree, list):
-        return [text for value in tree for text in _strings(value)]
-    return [tree] if isinstance(tree, str) else []
-
-
 class _Dumper(yaml.SafeDumper):
     """Writes YAML as people do: no aliases, and a text of several lines as a block."""
 
@@ -259,13 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("deploy.kube", description="Manifests for KubeRay, to standard output.")
     parser.add_argument("what", choices=("service", "job"))
     parser.add_argument("--gpu", action="store_true", help="on GPU nodes, whether or not the file asks for GPUs")
+    parser.add_argument("--gpus-per-node", type=int, default=GPUS_PER_NODE, help="of a training (%(default)s)")
     parser.add_argument("--serve-config", type=Path, default=ROOT / "deploy" / "serve.yaml")
     parser.add_argument("--run", type=Path, default=ROOT / "deploy" / "runs" / "tiny_srpo.yaml")
     args = parser.parse_args(arguments)
     if args.what == "service":
         manifests = rayservice(yaml.safe_load(args.serve_config.read_text(encoding="utf-8")), args.gpu)
     else:
-        manifests = rayjob(load_run_config(args.run), args.gpu)
+        manifests = rayjob(load_run_config(args.run), args.gpu, args.gpus_per_node)
     made_from = args.serve_config if args.what == "service" else args.run
     print(f"# Made by `python -m deploy.kube {args.what}` from {made_from.name} and pod.yaml; change those, not this.")
     print(yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False, width=120), end="")

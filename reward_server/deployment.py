@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Annotated, Any
 
+import ray
 from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
@@ -65,7 +66,11 @@ class OwnReward:
 
     def __init__(self, name: str, reward: AnyArgs, args: ServiceArgs) -> None:
         self._name = name
-        self._worker = Worker({name: reward}, args, _RayRecord())
+        self._worker = Worker({name: reward}, args, _RayRecord(), _gpu_share([reward]))
+
+    def check_health(self) -> None:
+        """Let Serve replace a replica whose GPU answers no more; Serve calls this by name."""
+        self._worker.check_health()
 
     async def score(self, request: RewardRequest, request_id: str) -> tuple[Outcome, RewardInfo]:
         """Return the outcome of the request under this reward, and the description of the loaded reward."""
@@ -92,12 +97,16 @@ class RewardService:
         self._own = own
         self._record = _RayRecord()
         beside = {name: reward for name, reward in args.rewards.items() if name not in own}
-        self._worker = Worker(beside, args, self._record)
+        self._worker = Worker(beside, args, self._record, _gpu_share(beside.values()))
         unloaded = {name: RewardInfo.model_validate({"name": name, "kind": args.rewards[name].kind}) for name in own}
         self._infos = {name: (self._worker.infos | unloaded)[name] for name in args.rewards}
 
     def __serve_build_asgi_app__(self) -> _OneRequestId:
         return _OneRequestId(build_app(self.score, self._infos, self._args.limits, self._keys, self._record))
+
+    def check_health(self) -> None:
+        """Let Serve replace a replica whose GPU answers no more; Serve calls this by name."""
+        self._worker.check_health()
 
     async def score(self, request: RewardRequest, request_id: str) -> RewardResponse:
         """Score all the request's rewards at once and combine them. Raise ContractError or Overloaded."""
@@ -133,6 +142,13 @@ class _OneRequestId:
 def _http_host() -> str:
     """Return the address on which the proxies and, behind HAProxy, the replicas listen."""
     return serve.context._get_global_client().http_config.host or "0.0.0.0"
+
+
+def _gpu_share(rewards: Iterable[AnyArgs]) -> float:
+    """Return num_gpus of this replica, if a reward is on a GPU. Ray hands out whole cards above 1."""
+    if not any(reward.device.startswith("cuda") for reward in rewards):
+        return 1.0
+    return min(1.0, ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0))
 
 
 class _RayRecord:

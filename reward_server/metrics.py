@@ -46,8 +46,20 @@ TEXT_CACHE_HITS = Metric(
 )
 TEXT_CACHE_MISSES = Metric("srpo_reward_text_cache_misses", "counter", "texts that had to be embedded", ("reward",))
 REJECTS = Metric("srpo_reward_rejects", "counter", "requests answered with an error, by reason", ("reason",))
+OUT_OF_MEMORY = Metric(
+    "srpo_reward_out_of_memory", "counter", "forwards too large for the device's memory, halved or refused", ("reward",)
+)
 QUEUED_IMAGES = Metric("srpo_reward_queued_images", "gauge", "images that wait for the model")
-METRICS = (IMAGES, BATCH_IMAGES, PHASE_SECONDS, TEXT_CACHE_HITS, TEXT_CACHE_MISSES, REJECTS, QUEUED_IMAGES)
+METRICS = (
+    IMAGES,
+    BATCH_IMAGES,
+    PHASE_SECONDS,
+    TEXT_CACHE_HITS,
+    TEXT_CACHE_MISSES,
+    REJECTS,
+    OUT_OF_MEMORY,
+    QUEUED_IMAGES,
+)
 
 Phase = Literal["decode", "resize", "wait", "forward", "backward", "encode"]
 

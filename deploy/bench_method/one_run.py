@@ -28,7 +28,7 @@ from deploy.bench_method.plan import Task
 from deploy.settings import ROOT, free_port
 from reward_server.models import ClipArgs
 from reward_server.scoring.scorer import Job, Scorer
-from services.contract import ContractError, Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
+from services.contract import Float32, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from trainer.algorithm.methods import make_learner, num_backwards
 from trainer.algorithm.step_metrics import StepMetrics, progress_line
 from trainer.data.batches import open_batches
@@ -54,7 +54,7 @@ class InProcess:
 
     def score(self, request: RewardRequest) -> RewardResponse:
         (answer,) = self._scorer.score([Job(request, request.rewards[0].name, request_id="bench")])
-        if isinstance(answer, ContractError):
+        if not isinstance(answer, RewardResponse):
             raise answer
         return answer
 

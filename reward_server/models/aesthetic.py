@@ -5,13 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from reward_server.models.precision import Precision, PrecisionArgs
 from reward_server.models.preprocess import ResizeAndCrop
 from reward_server.models.weights import (
-    WeightsArgs,
     fill,
     find_file,
     find_folder,
@@ -23,10 +22,11 @@ from reward_server.models.weights import (
 )
 
 
-class AestheticArgs(WeightsArgs):
+class AestheticArgs(PrecisionArgs):
     """`path`: the published head, aesthetic_predictor_v2_5.pth (github.com/discus0434/aesthetic-predictor-v2-5).
 
-    `backbone`: the SigLIP under it, a folder or a hub id. `checksum` is of its weights and then the head's.
+    `backbone`: the SigLIP under it, a folder or a hub id. `checksum` is of its weights and then the head's. `dtype` is
+    the backbone's; the head has a million weights and stays float32.
     """
 
     kind: Literal["aesthetic"]
@@ -43,16 +43,17 @@ class AestheticReward:
 
         head_file, folder = find_file(args.path), find_folder(args.backbone)
         self.checksum = verified_checksum([*weight_files(folder), head_file], args)
-        self._device = torch.device(args.device)
-        self._backbone = from_pretrained(SiglipVisionModel, folder).to(self._device)
+        self._precision = Precision(args)
+        self._backbone = self._precision.place(from_pretrained(SiglipVisionModel, folder))
         head = _Head(self._backbone.config.hidden_size)
         fill(head, load_state_dict(head_file), head_file)
-        self._head = frozen(head).to(self._device)
+        self._head = frozen(head).to(self._precision.device)
         self._preprocess = ResizeAndCrop.of_processor(SiglipImageProcessor.from_pretrained(folder))
 
     def score_image(self, images: Tensor) -> Tensor:
-        pixels = self._preprocess(images).to(self._device)
-        embeds = self._backbone(pixel_values=pixels).pooler_output
+        embeds = self._precision.run(
+            lambda pixels: self._backbone(pixel_values=pixels).pooler_output, self._preprocess(images)
+        )
         scores: Tensor = self._head(normalize(embeds, dim=-1)).squeeze(dim=-1)
         return scores
 

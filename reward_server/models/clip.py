@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from reward_server.models.precision import Precision
 from reward_server.models.preprocess import ResizeAndCrop
 from reward_server.models.protocol import check_length
 from reward_server.models.traced import traced
@@ -42,14 +43,16 @@ class ClipReward:
 
         folder = find_folder(args.path)
         self.checksum = verified_checksum(weight_files(folder), args)
-        self._device, self._crops = torch.device(args.device), args.crops
-        self._model = from_pretrained(CLIPModel, folder).to(self._device)
+        self._precision, self._crops = Precision(args), args.crops
+        self._model = from_pretrained(CLIPModel, folder)
+        self.logit_scale: float | None = float(self._model.logit_scale.exp())
+        self._model = self._precision.place(self._model)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._preprocess = ResizeAndCrop.of_processor(CLIPImageProcessor.from_pretrained(folder))
         self.max_text_tokens = int(self._model.config.text_config.max_position_embeddings)
-        self.logit_scale: float | None = float(self._model.logit_scale.exp())
         self._forward: Callable[[Tensor], Tensor] = self._eager
-        if self._device.type == "cpu":  # a GPU works while Python prepares the next operation
+        # A GPU works while Python prepares the next operation.
+        if self._precision.device.type == "cpu" and self._precision.is_float32:
             image_shape = 3, self._preprocess.height_px, self._preprocess.width_px
             self._forward = traced(self._model, self._eager, image_shape)
 
@@ -62,7 +65,7 @@ class ClipReward:
 
     def _encode(self, pixels: Tensor) -> Tensor:
         forward = self._eager if pixels.requires_grad else self._forward
-        return forward(pixels.to(self._device))
+        return self._precision.run(forward, pixels)
 
     def _eager(self, pixels: Tensor) -> Tensor:
         embeds: Tensor = self._model.get_image_features(pixel_values=pixels).pooler_output
@@ -72,5 +75,6 @@ class ClipReward:
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         for text in texts:
             check_length(text, len(self._tokenizer(text).input_ids), self.max_text_tokens)
-        tokens = self._tokenizer(list(texts), padding=True, return_tensors="pt").to(self._device)
-        return normalize(self._model.get_text_features(**tokens).pooler_output, dim=-1)
+        tokens = self._tokenizer(list(texts), padding=True, return_tensors="pt").to(self._precision.device)
+        embeds = self._precision.run_text(lambda: self._model.get_text_features(**tokens).pooler_output)
+        return normalize(embeds, dim=-1)

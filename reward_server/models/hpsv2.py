@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import normalize as standardize
 
+from reward_server.models.precision import Precision
 from reward_server.models.preprocess import as_float, fit_and_pad
 from reward_server.models.protocol import check_length
+from reward_server.models.transfer import to_device
 from reward_server.models.views import ViewsArgs, embed_views
 from reward_server.models.weights import (
     WeightsError,
@@ -43,17 +45,21 @@ class Hpsv2Reward:
             raise WeightsError(f"{args.path} has no entry state_dict, so it is no HPS v2 checkpoint")
         model = open_clip.create_model(args.architecture, load_weights=False)
         fill(model, checkpoint["state_dict"], file)
-        self._device, self._crops = torch.device(args.device), args.crops
-        self._model = frozen(model).to(self._device)
+        self.logit_scale: float | None = float(model.logit_scale.detach().exp())
+        self._precision, self._crops = Precision(args), args.crops
+        self._model = self._precision.place(frozen(model))
         self._tokenizer: Any = open_clip.get_tokenizer(args.architecture)
         self._size_px = int(model.visual.image_size[0])
         self._mean, self._std = list(open_clip.OPENAI_DATASET_MEAN), list(open_clip.OPENAI_DATASET_STD)
         self.max_text_tokens = int(self._tokenizer.context_length)
-        self.logit_scale: float | None = float(self._model.logit_scale.exp())
 
     def embed_image(self, images: Tensor) -> Tensor:
         crop_px = self._size_px, self._size_px
-        return embed_views(images.to(self._device), self._preprocess, self._model.encode_image, self._crops, crop_px)
+        images = to_device(images, self._precision.device)
+        return embed_views(images, self._preprocess, self._encode, self._crops, crop_px)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self._precision.run(self._model.encode_image, pixels)
 
     def _preprocess(self, images: Tensor) -> Tensor:
         return standardize(fit_and_pad(as_float(images), self._size_px), self._mean, self._std)
@@ -62,4 +68,5 @@ class Hpsv2Reward:
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         for text in texts:  # the tokenizer cuts silently; two tokens more for start and end of text
             check_length(text, len(self._tokenizer.encode(text)) + 2, self.max_text_tokens)
-        return normalize(self._model.encode_text(self._tokenizer(list(texts)).to(self._device)), dim=-1)
+        tokens = self._tokenizer(list(texts)).to(self._precision.device)
+        return normalize(self._precision.run_text(lambda: self._model.encode_text(tokens)), dim=-1)

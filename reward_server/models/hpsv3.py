@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reward_server.models.preprocess import as_float, resize
 from reward_server.models.protocol import check_length
+from reward_server.models.transfer import to_device
 from reward_server.models.weights import ROOT, WeightsArgs, WeightsError, find_file, frozen, verified_checksum
 from services.contract import ContractError
 
@@ -22,7 +23,7 @@ class Hpsv3Args(WeightsArgs):
     """`path`: the published HPSv3.safetensors, a file or MizzenAI/HPSv3/HPSv3.safetensors.
 
     `config`: a YAML file of the package, which names the Qwen2-VL that it loads first; None: the package's own, for
-    Qwen/Qwen2-VL-7B-Instruct.
+    Qwen/Qwen2-VL-7B-Instruct. Its entries bf16 and torch_dtype are the precision, so this kind has no key for that.
     """
 
     kind: Literal["hpsv3"]
@@ -72,5 +73,5 @@ class Hpsv3Reward:
             height, width = smart_resize(*images.shape[-2:], min_pixels=num_pixels, max_pixels=num_pixels)
         except ValueError as error:  # of extreme shapes
             raise ContractError(f"image of {images.shape[-2]} x {images.shape[-1]} pixels: {error}") from error
-        pixels = resize(as_float(images.to(self._device)), height, width).clamp(0, 1) * 255
+        pixels = resize(as_float(to_device(images, self._device)), height, width).clamp(0, 1) * 255
         return self._package.prepare_batch(list(pixels), list(texts))

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from reward_server.models.precision import Precision, PrecisionArgs
 from reward_server.models.preprocess import ResizeAndCrop
 from reward_server.models.protocol import check_length
 from reward_server.models.weights import (
-    WeightsArgs,
     WeightsError,
     find_file,
     frozen,
@@ -27,11 +26,11 @@ _SIZE_PX = 224
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, as the package
 
 
-class ImageRewardArgs(WeightsArgs):
+class ImageRewardArgs(PrecisionArgs):
     """`path`: the published ImageReward.pt, a file or THUDM/ImageReward/ImageReward.pt on the hub.
 
     `med_config`: the text encoder's configuration, published beside it. The tokenizer is bert-base-uncased, which the
-    package takes from the hub's cache.
+    package takes from the hub's cache. `dtype` is BLIP's; the weights of the head, five linear layers, stay float32.
     """
 
     kind: Literal["image_reward"]
@@ -56,8 +55,10 @@ class ImageRewardReward:
         # The published loader lets buffers and superfluous keys differ; a weight that is missing would stay random.
         if lacking := sorted(set(missing) & {name for name, _ in model.named_parameters()}):
             raise WeightsError(f"{file} does not fit ImageReward: {len(lacking)} weights are missing, as {lacking[0]}")
-        self._device = torch.device(args.device)
-        self._model = frozen(model).to(self._device)
+        self._precision = Precision(args)
+        self._model = frozen(model).to(self._precision.device)
+        self._model.blip = self._precision.place(self._model.blip)
+        self._model.mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         self._tokenizer = model.blip.tokenizer
         self._preprocess = ResizeAndCrop(
             {"shortest_edge": _SIZE_PX}, {"height": _SIZE_PX, "width": _SIZE_PX}, _MEAN, _STD
@@ -70,9 +71,11 @@ class ImageRewardReward:
             check_length(text, len(self._tokenizer(text).input_ids), self.max_text_tokens)
         # padded to the full length, as the package does it
         padded = {"padding": "max_length", "max_length": self.max_text_tokens, "return_tensors": "pt"}
-        tokens = self._tokenizer(list(texts), **padded).to(self._device)
-        pixels = self._preprocess(images).to(self._device)
-        scores: Tensor = self._model.score_gard(tokens.input_ids, tokens.attention_mask, pixels)
+        tokens = self._tokenizer(list(texts), **padded).to(self._precision.device)
+        scores = self._precision.run(
+            lambda pixels: self._model.score_gard(tokens.input_ids, tokens.attention_mask, pixels),
+            self._preprocess(images),
+        )
         return scores.squeeze(dim=-1)
 
     def shrink(self, images: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from reward_server.models.weights import WeightsArgs
+from reward_server.models.precision import PrecisionArgs
 
 
-class ViewsArgs(WeightsArgs):
+class ViewsArgs(PrecisionArgs):
     """Settings of a reward that can look at crops; 0: at the whole image alone."""
 
     crops: Annotated[int, Field(ge=0, le=16)] = 0
@@ -28,7 +28,7 @@ class ViewsArgs(WeightsArgs):
 
     @property
     def version_suffix(self) -> str:
-        return f"+crops={self.crops}" if self.crops else ""
+        return super().version_suffix + (f"+crops={self.crops}" if self.crops else "")
 
 
 def embed_views(

@@ -48,6 +48,11 @@ class WeightsArgs(BaseModel):
         """Return what else than the weights changes the reward, to be named beside their checksum."""
         return ""
 
+    @property
+    def gradient_scale(self) -> float:
+        """Return the factor of a reward while its gradient is computed, so that no small number is lost on the way."""
+        return 1.0
+
 
 _FOLDER_FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")
 

@@ -1,4 +1,4 @@
-"""Batch requests over callers: what waits while the model is busy is the next batch. No timer; a bounded queue.
+"""Batch requests over callers: what waits while the model is busy is the next batch. No timer; bounds in size and time.
 
     batcher = Batcher(score_batch, max_batch_images=64, max_queued_images=512)
     answer = await batcher.submit(job)       # raises Overloaded if too many images wait already
@@ -53,7 +53,11 @@ class _Waiting(Generic[JobT, AnswerT]):
 
 
 class Batcher(Generic[JobT, AnswerT]):
-    """Runs `score_batch`, which returns one answer for each job in order, on one batch after another."""
+    """Runs `score_batch`, which returns one answer for each job in order, on one batch after another.
+
+    max_batch_s: how long a batch should take at most, by the speed of the last one; so a caller waits no longer than
+    that for the batch before, and as long for its own. A job is never split: a large one takes what it takes.
+    """
 
     def __init__(
         self,
@@ -61,10 +65,12 @@ class Batcher(Generic[JobT, AnswerT]):
         max_batch_images: int,
         max_queued_images: int,
         record: Record = ignore,
+        max_batch_s: float | None = None,
     ) -> None:
         self._score_batch = score_batch
         self._max_batch_images = max_batch_images
         self._max_queued_images = max_queued_images
+        self._max_batch_s = max_batch_s
         self._record = record
         self._queue: deque[_Waiting[JobT, AnswerT]] = deque()
         self._queued_images = 0
@@ -119,14 +125,19 @@ class Batcher(Generic[JobT, AnswerT]):
     def _next_batch(self) -> list[_Waiting[JobT, AnswerT]]:
         """Take the jobs that waited longest, as many as fit and at least one; drop those whose callers have gone."""
         batch: list[_Waiting[JobT, AnswerT]] = []
-        num_images = 0
-        while self._queue and (not batch or num_images + self._queue[0].job.num_images <= self._max_batch_images):
+        num_images, most = 0, self._most_images()
+        while self._queue and (not batch or num_images + self._queue[0].job.num_images <= most):
             waiting = self._queue.popleft()
             self._count(-waiting.job.num_images)
             if not waiting.answer.done():
                 batch.append(waiting)
                 num_images += waiting.job.num_images
         return batch
+
+    def _most_images(self) -> int:
+        if self._max_batch_s is None or self._seconds_per_image == 0:
+            return self._max_batch_images
+        return min(self._max_batch_images, int(self._max_batch_s / self._seconds_per_image))
 
     def _count(self, num_images: int) -> None:
         self._queued_images += num_images

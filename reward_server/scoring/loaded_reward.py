@@ -24,7 +24,7 @@ class LoadedReward:
     """A reward with its model loaded. Raises WeightsError if the weights are not as the arguments say.
 
     version: name, checksum, and what else makes its rewards incomparable with others; num_views: of each image;
-    shrink: the model's (models/protocol.py), or None.
+    gradient_scale: of srp.py; shrink: the model's (models/protocol.py), or None.
     """
 
     def __init__(self, name: str, args: AnyArgs, num_cached_texts: int, record: Record) -> None:
@@ -32,6 +32,7 @@ class LoadedReward:
         self.device = torch.device(args.device)
         self.model = load_reward(args)
         self.num_views = args.num_views
+        self.gradient_scale = args.gradient_scale
         self.shrink = self.model.shrink if isinstance(self.model, Shrinks) else None
         self.version = f"{name}@{self.model.checksum}{args.version_suffix}"
         if isinstance(self.model, TwoTower):

@@ -8,27 +8,34 @@ A job has one reward; combine.py adds several up. Blocking and not thread-safe: 
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from reward_server.metrics import BATCH_IMAGES, IMAGES, Record, ignore, phase
+from reward_server.metrics import BATCH_IMAGES, IMAGES, OUT_OF_MEMORY, PHASE_SECONDS, Record, ignore
 from reward_server.models import AnyArgs
-from reward_server.models.preprocess import as_float
+from reward_server.models.transfer import joined
 from reward_server.scoring.combine import NotFinite
-from reward_server.scoring.loaded_reward import LoadedReward, Prepared
+from reward_server.scoring.forward import start
+from reward_server.scoring.loaded_reward import LoadedReward
+from reward_server.scoring.out_of_memory import OutOfMemory, short_of_memory
+from reward_server.scoring.parts import CPU, Part, as_images, cat, chunks_of, parts_of
 from reward_server.scoring.reward_info import UnknownReward
-from reward_server.scoring.srp import value, value_for_gradient
 from services.contract import ContractError, Images, RewardRequest, RewardResponse
 
-Answer = RewardResponse | ContractError  # a caller's mistake is its own answer, not the end of the others' batch
+# A caller's mistake, or images too large for the device, are an answer of their own, not the end of the others' batch.
+Failure = ContractError | OutOfMemory
+_FAILURES = (ContractError, OutOfMemory)  # the same, as `except` has it
+Answer = RewardResponse | Failure
+_Started = Callable[[], list[Tensor]]  # work that a device was asked for: waits for its results and returns them
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +52,6 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """Images of one job that have one size and dtype; `first` is the index of the first one in the job."""
-
-    job: int
-    first: int
-    images: NDArray[Any]  # (batch, 3, height, width)
-    prepared: Sequence[Prepared]
-    preference_scales: Sequence[float]
-
-    def cut(self, start: int, end: int) -> _Part:
-        rows = slice(start, end)
-        return replace(
-            self,
-            images=self.images[rows],
-            prepared=self.prepared[rows],
-            preference_scales=self.preference_scales[rows],
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Outcome:
     """The result of a part, on the CPU: (batch,) three times, and the gradient in the shape of its images."""
 
@@ -76,7 +63,11 @@ class _Outcome:
 
 
 class Scorer:
-    """Loads the rewards of this process: `rewards`, by name, in the order of the configuration."""
+    """Loads the rewards of this process: `rewards`, by name, in the order of the configuration.
+
+    max_batch_images: views of a forward, the image and its crops. `max_images` says how many images that are for each
+    reward; it may be set.
+    """
 
     def __init__(
         self,
@@ -86,7 +77,7 @@ class Scorer:
         record: Record = ignore,
     ) -> None:
         self.rewards = {name: LoadedReward(name, args, num_cached_texts, record) for name, args in rewards.items()}
-        self._max_batch_images = max_batch_images
+        self.max_images = {name: max(1, max_batch_images // each.num_views) for name, each in self.rewards.items()}
         self._record = record
 
     def score(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -96,17 +87,17 @@ class Scorer:
         dtype. Without a gradient bytes stay bytes, which models/preprocess.py resizes faster; mixed with floats they
         would have to become floats, and a score would depend on what other callers send.
         """
-        outcomes: list[list[_Outcome] | ContractError] = [[] for _ in jobs]
+        outcomes: list[list[_Outcome] | Failure] = [[] for _ in jobs]
         for (name, with_gradient, *_), group in self._groups(jobs, outcomes).items():
             scored = self._score_group(self.rewards[name], with_gradient, group)
             for part, outcome in zip(group, scored, strict=True):
                 known = outcomes[part.job]
-                if isinstance(outcome, ContractError):
+                if isinstance(outcome, Failure):
                     outcomes[part.job] = outcome
                 elif isinstance(known, list):
                     known.append(outcome)
         return [
-            outcome if isinstance(outcome, ContractError) else self._answer(job, outcome)
+            outcome if isinstance(outcome, Failure) else self._answer(job, outcome)
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
 
@@ -125,25 +116,26 @@ class Scorer:
         shrink, images = self.rewards[job.reward].shrink, job.request.images
         assert shrink is not None
         if isinstance(images, np.ndarray):
-            smaller: Images = shrink(_one_dtype([images])).numpy()
+            smaller: Images = shrink(joined([images], CPU)).numpy()
         else:
             smaller = tuple(
-                shrink(_one_dtype([each[None]])).numpy()[0] if each.dtype == np.uint8 else each for each in images
+                shrink(joined([each[None]], CPU)).numpy()[0] if each.dtype == np.uint8 else each for each in images
             )
         return replace(job, request=replace(job.request, images=smaller))
 
     def _groups(
-        self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | ContractError]
-    ) -> dict[tuple[str, bool, bool, tuple[int, ...]], list[_Part]]:
+        self, jobs: Sequence[Job], outcomes: list[list[_Outcome] | Failure]
+    ) -> dict[tuple[str, bool, bool, tuple[int, ...]], list[Part]]:
         """Group the parts that may share a forward; a job that cannot be scored gets its error as its outcome."""
         groups = defaultdict(list)
         for index, job in enumerate(jobs):
             try:
-                prepared = self._reward(job.reward).prepare(job.request.pairs)
-            except ContractError as error:
+                with short_of_memory(f"{job.num_images} prompt pairs for reward {job.reward!r}"):
+                    prepared = self._reward(job.reward).prepare(job.request.pairs)
+            except _FAILURES as error:
                 outcomes[index] = error
                 continue
-            for part in _parts(index, job.request, prepared):
+            for part in parts_of(index, job.request, prepared):
                 with_gradient = job.request.with_gradient
                 stay_bytes = part.images.dtype == np.uint8 and not with_gradient
                 groups[job.reward, with_gradient, stay_bytes, part.images.shape[1:]].append(part)
@@ -155,42 +147,62 @@ class Scorer:
         return self.rewards[name]
 
     def _score_group(
-        self, reward: LoadedReward, with_gradient: bool, group: list[_Part]
-    ) -> Sequence[_Outcome | ContractError]:
-        """Return one outcome for each part; a forward has at most max_batch_images views, or one image."""
-        max_images = max(1, self._max_batch_images // reward.num_views)
+        self, reward: LoadedReward, with_gradient: bool, group: list[Part]
+    ) -> Sequence[_Outcome | Failure]:
+        """Return one outcome for each part."""
+        in_chunks = chunks_of(group, self.max_images[reward.name])
         try:
-            chunks = [self._score_chunk(reward, with_gradient, chunk) for chunk in _chunks(group, max_images)]
-        except ContractError as error:  # a text is too long for a joint model: find whose
+            chunks = list(one_ahead(self._start_in_memory(reward, with_gradient, chunk) for chunk in in_chunks))
+        except _FAILURES as error:  # a text is too long for a joint model, or memory lacks: find whose, and for whom
             jobs = [list(parts) for _, parts in groupby(group, key=lambda part: part.job)]
             if len(jobs) == 1:
                 return [error] * len(group)
             return [outcome for parts in jobs for outcome in self._score_group(reward, with_gradient, parts)]
         sizes = [len(part.images) for part in group]
-        columns = [_cat(list(column)).split(sizes) for column in zip(*chunks, strict=True)]
+        columns = [cat(column).split(sizes) for column in zip(*chunks, strict=True)]
         return [_Outcome(part.first, *row) for part, row in zip(group, zip(*columns, strict=True), strict=True)]
 
-    def _score_chunk(self, reward: LoadedReward, with_gradient: bool, chunk: list[_Part]) -> list[Tensor]:
-        """Return rewards, positive and negative similarities, and the image gradient if requested, of all images.
+    def _start_in_memory(self, reward: LoadedReward, with_gradient: bool, chunk: list[Part]) -> _Started:
+        """Start a chunk; if it does not fit into the device's memory, in halves. Raise OutOfMemory for one image."""
+        num_images = sum(len(part.images) for part in chunk)
+        height, width = chunk[0].images.shape[-2:]
+        what = f"{num_images} images of {width} x {height} pixels for reward {reward.name!r}"
+        try:
+            with short_of_memory(what):
+                return self._start(reward, with_gradient, chunk)
+        except OutOfMemory as error:
+            self._record(OUT_OF_MEMORY, 1, {"reward": reward.name})
+            _log.warning("%s; lower max_batch_images or raise num_gpus", error.reason)
+            if num_images == 1:
+                raise
+        halves = [
+            self._start_in_memory(reward, with_gradient, half) for half in chunks_of(chunk, (num_images + 1) // 2)
+        ]
+        return lambda: [cat(column) for column in zip(*(half() for half in halves), strict=True)]
 
-        They are on the CPU: copying them waits for the device, so that the recorded times are those of the work.
+    def _start(self, reward: LoadedReward, with_gradient: bool, chunk: list[Part]) -> _Started:
+        """Ask the device for rewards, positive and negative similarities, and the image gradient if requested.
+
+        Return a function that waits for them and returns them, for all images, on the CPU.
         """
-        images = _joined([part.images for part in chunk], reward.device, stay_bytes=not with_gradient)
-        similarities = reward.similarities([each for part in chunk for each in part.prepared])
-        scales = torch.tensor([k for part in chunk for k in part.preference_scales], device=reward.device)
-        with phase(self._record, "forward"):
-            if with_gradient:
-                outcome, image_gradient = value_for_gradient(similarities, images, scales)
-            else:
-                outcome = value(similarities, images, scales)
-            rewards, positive = outcome.rewards.cpu(), outcome.positive_similarities.cpu()
-            columns = [rewards, positive, outcome.negative_similarities.cpu()]
-        if with_gradient:
-            with phase(self._record, "backward"):
-                columns.append(image_gradient().cpu())
-        self._record(IMAGES, len(images), {"reward": reward.name})
-        self._record(BATCH_IMAGES, len(images), {"reward": reward.name})
-        return columns
+        images = as_images([part.images for part in chunk], reward.device, stay_bytes=not with_gradient)
+        prepared = [each for part in chunk for each in part.prepared]
+        scales = [scale for part in chunk for scale in part.preference_scales]
+        wait, num_images = start(reward, images, prepared, scales, with_gradient), len(images)
+
+        def finish() -> list[Tensor]:
+            columns, seconds = wait()
+            self._record_chunk(reward.name, num_images, seconds)
+            return columns
+
+        return finish
+
+    def _record_chunk(self, reward: str, num_images: int, seconds: Sequence[float]) -> None:
+        """Record a forward, and a backward if there was one."""
+        for phase, each in zip(("forward", "backward"), seconds, strict=False):
+            self._record(PHASE_SECONDS, each, {"phase": phase})
+        self._record(IMAGES, num_images, {"reward": reward})
+        self._record(BATCH_IMAGES, num_images, {"reward": reward})
 
     def _answer(self, job: Job, outcomes: list[_Outcome]) -> Answer:
         outcomes = sorted(outcomes, key=lambda outcome: outcome.first)
@@ -201,61 +213,24 @@ class Scorer:
                     f"images[{outcome.first + index}] has no finite {job.reward} reward or gradient under {pair}"
                 )
         return RewardResponse(
-            rewards=_cat([each.rewards for each in outcomes]).numpy(),
-            positive_similarities=_cat([each.positive_similarities for each in outcomes]).numpy()[None],
-            negative_similarities=_cat([each.negative_similarities for each in outcomes]).numpy()[None],
+            rewards=cat([each.rewards for each in outcomes]).numpy(),
+            positive_similarities=cat([each.positive_similarities for each in outcomes]).numpy()[None],
+            negative_similarities=cat([each.negative_similarities for each in outcomes]).numpy()[None],
             image_gradient=_image_gradient(job.request, outcomes),
             scorers=(self.rewards[job.reward].version,),
             request_id=job.request_id,
         )
 
 
-def _parts(index: int, request: RewardRequest, prepared: Sequence[Prepared]) -> list[_Part]:
-    """Part a request: stacked images stay together, images of mixed sizes are one part each."""
-    if isinstance(request.images, np.ndarray):
-        return [_Part(index, 0, request.images, prepared, request.preference_scales)]
-    return [
-        _Part(index, first, image[None], prepared[first : first + 1], request.preference_scales[first : first + 1])
-        for first, image in enumerate(request.images)
-    ]
-
-
-def _chunks(group: list[_Part], max_images: int) -> Iterator[list[_Part]]:
-    """Yield the group's images in order, max_images at a time."""
-    chunk: list[_Part] = []
-    free = max_images
-    for part in group:
-        start = 0
-        while start < len(part.images):
-            chunk.append(part.cut(start, start + free))
-            start += len(chunk[-1].images)
-            free -= len(chunk[-1].images)
-            if free == 0:
-                yield chunk
-                chunk, free = [], max_images
-    if chunk:
-        yield chunk
-
-
-def _joined(stacks: Sequence[NDArray[Any]], device: torch.device, stay_bytes: bool) -> Tensor:
-    """Join stacks as float32 in [0, 1] on the device, or as bytes on the CPU if all are and may stay bytes.
-
-    They are joined before they become floats: bytes are the least to copy.
-    """
-    by_dtype = [_one_dtype(list(group)) for _, group in groupby(stacks, key=lambda stack: stack.dtype)]
-    if stay_bytes and by_dtype[0].dtype == torch.uint8:
-        return by_dtype[0]  # the only one: bytes and floats were grouped apart
-    return _cat([as_float(tensor.to(device)).to(torch.float32) for tensor in by_dtype])
-
-
-def _one_dtype(stacks: list[NDArray[Any]]) -> Tensor:
-    joined = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
-    owned = joined if joined.flags.writeable else joined.copy()  # torch shares memory only with what may be written
-    return torch.from_numpy(owned)
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def one_ahead(started: Iterable[Callable[[], _T]]) -> Iterator[_T]:
+    """Wait for each piece of work after the next one was started: a device never waits for the CPU in between."""
+    waiting: Callable[[], _T] | None = None
+    for each in started:
+        if waiting is not None:
+            yield waiting()
+        waiting = each
+    if waiting is not None:
+        yield waiting()
 
 
 def _image_gradient(request: RewardRequest, outcomes: list[_Outcome]) -> Images | None:

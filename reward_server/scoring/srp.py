@@ -42,19 +42,21 @@ def value(similarities: Similarities, images: Tensor, preference_scale: Tensor) 
 
 
 def value_for_gradient(
-    similarities: Similarities, images: Tensor, preference_scale: Tensor
+    similarities: Similarities, images: Tensor, preference_scale: Tensor, gradient_scale: float = 1.0
 ) -> tuple[PairReward, Callable[[], Tensor]]:
     """Return the rewards, and a function that computes ∂ reward / ∂ image (batch, 3, height, width) in one backward.
 
     similarities must treat the images of a batch independently: then the gradient of the sum is each image's own.
+    gradient_scale: a power of two by which all gradients on the way are larger, where float16 would lose the smallest.
     """
     with torch.enable_grad():
         leaves = images.detach().requires_grad_()
         outcome = relative_reward(*similarities(leaves), preference_scale)
-        total = outcome.rewards.sum()
+        total = outcome.rewards.sum() * gradient_scale
 
     def image_gradient() -> Tensor:
-        return torch.autograd.grad(total, leaves)[0]
+        gradient = torch.autograd.grad(total, leaves)[0]
+        return gradient if gradient_scale == 1 else gradient.div_(gradient_scale)
 
     return PairReward(
         outcome.rewards.detach(), outcome.positive_similarities.detach(), outcome.negative_similarities.detach()

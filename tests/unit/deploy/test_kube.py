@@ -116,7 +116,8 @@ def test_a_gpu_changes_devices_and_resources_and_nothing_else() -> None:
         cpu, gpu = leaves(MANIFESTS[name]), leaves(MANIFESTS[f"{name} on GPUs"])
         changed = {path for path in cpu.keys() | gpu.keys() if cpu.get(path) != gpu.get(path)}
         texts = {path for path in changed if path.endswith(("/serveConfigV2", "/run.yaml"))}
-        assert all("/resources/" in path or "/tolerations/" in path for path in changed - texts)
+        amounts = ("/resources/", "/tolerations/", "/sizeLimit", "eplicas")  # workers on GPUs share pods
+        assert all(any(amount in path for amount in amounts) for path in changed - texts)
         for path in texts:
             before, after = (leaves(yaml.safe_load(each[path])) for each in (cpu, gpu))
             added = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
@@ -124,11 +125,89 @@ def test_a_gpu_changes_devices_and_resources_and_nothing_else() -> None:
             assert all(key.endswith(kinds) for key in added)
 
 
-def test_a_run_on_gpus_gets_one_for_each_worker() -> None:
-    (group,) = ray_resource(MANIFESTS["training of FLUX"])["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+@pytest.mark.parametrize(
+    ("num_workers", "gpus_per_node", "pods", "gpus"),
+    [(32, 8, 4, 8), (7, 8, 1, 7), (12, 8, 2, 6), (1, 8, 1, 1), (32, 4, 8, 4)],
+)
+def test_workers_on_gpus_share_a_pod_as_far_as_a_node_has_gpus(
+    num_workers: int, gpus_per_node: int, pods: int, gpus: int
+) -> None:
+    """So that NVLink joins them, and the pods are alike."""
+    engine = FLUX.engine.model_copy(update={"num_workers": num_workers, "global_batch": num_workers})
+    run = FLUX.model_copy(update={"engine": engine})
+    group, pod = trainers(rayjob(run, on_gpu=False, gpus_per_node=gpus_per_node))
+    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == pods
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == str(gpus)
+    assert pod["containers"][0]["resources"]["limits"]["memory"] == f"{96 * gpus}Gi"
+    assert pod["containers"][0]["resources"]["limits"]["cpu"] == str(gpus)
+
+
+def test_a_worker_with_more_gpus_than_a_node_is_named() -> None:
+    with pytest.raises(ValueError, match="gpus_per_worker is 1, but a node has 0 GPUs"):
+        rayjob(FLUX, on_gpu=False, gpus_per_node=0)
+
+
+def trainers(manifests: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The group of a training's workers, and its pod."""
+    (group,) = ray_resource(manifests)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     (pod,) = pods_in(group)
-    assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 32
-    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    return group, pod
+
+
+@EVERY
+def test_every_ray_node_has_shared_memory_within_its_own(manifests: list[dict[str, Any]]) -> None:
+    """A container has 64 MiB otherwise, on which NCCL fails and Ray's object store goes to the disk."""
+    nodes = [pod for pod in pods_in(manifests) if "livenessProbe" in pod["containers"][0]]
+    assert nodes
+    for pod in nodes:
+        (container,) = pod["containers"]
+        (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == name]
+        assert volume["emptyDir"]["medium"] == "Memory"
+        size_gib = int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+        assert 0.3 < size_gib / int(container["resources"]["limits"]["memory"].removesuffix("Gi")) <= 0.5
+
+
+def test_what_comes_from_the_hub_is_kept_on_a_volume_that_pods_share() -> None:
+    rewards = {
+        "hpsv2.1": {"kind": "hpsv2", "path": "xswu/HPSv2/HPS_v2.1_compressed.pt"},
+        "aesthetic": {"kind": "aesthetic", "path": "/weights/head.pth"},  # whose backbone is the hub's
+        "hpsv3": {"kind": "hpsv3", "path": "/weights/HPSv3.safetensors"},  # whose base is
+    }
+    for name, reward in rewards.items():
+        serve = copy.deepcopy(SERVE)
+        serve["applications"][0]["args"]["rewards"] = {name: reward}
+        assert hub_caches(rayservice(serve, on_gpu=True)) == {True}, name
+    assert hub_caches(MANIFESTS["service"]) == hub_caches(MANIFESTS["training"]) == {False}
+    assert hub_caches(MANIFESTS["training of FLUX"]) == {True}
+
+
+def hub_caches(manifests: list[dict[str, Any]]) -> set[bool]:
+    """Whether the nodes keep the hub's files on the claim srpo-models, and say so."""
+    found = set()
+    for pod in (pod for pod in pods_in(manifests) if "livenessProbe" in pod["containers"][0]):
+        claims = {volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["volumes"]}
+        mounts = {mount["mountPath"]: claims[mount["name"]] for mount in pod["containers"][0]["volumeMounts"]}
+        home = [each["value"] for each in pod["containers"][0]["env"] if each["name"] == "HF_HOME"]
+        assert len(home) == list(mounts.values()).count("srpo-models")
+        found.add(bool(home) and mounts[home[0]] == "srpo-models")
+    return found
+
+
+def test_rewards_with_a_part_of_a_gpu_each_share_one_pod() -> None:
+    serve = copy.deepcopy(SERVE)
+    (application,) = serve["applications"]
+    names = ("one", "two", "three")
+    application["args"]["rewards"] = {
+        name: {"kind": "clip", "path": "deploy/tiny/reward", "placement": "own"} for name in names
+    }
+    application["deployments"] += [
+        {"name": name, "ray_actor_options": {"num_cpus": 1, "num_gpus": 0.3}} for name in names
+    ]
+    (group,) = ray_resource(rayservice(serve, on_gpu=True))["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (pod,) = pods_in(group)
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert (limits["nvidia.com/gpu"], limits["cpu"]) == ("1", "4")
 
 
 def test_the_run_of_the_job_is_the_run_file_with_the_cluster_s_addresses(tmp_path: Path) -> None:

@@ -41,12 +41,15 @@ def test_what_serve_yaml_offers_in_comments_is_valid_too() -> None:
     ServeDeploySchema.model_validate(config)
     (application,) = config["applications"]
     args = ServiceArgs.model_validate(application["args"])
-    assert {reward.kind for reward in args.rewards.values()} == {"clip", "hpsv2"}
+    assert {reward.kind for reward in args.rewards.values()} == {"clip", "hpsv2", "pickscore"}
     own = {name for name, reward in args.rewards.items() if reward.placement == "own"}
-    assert own == {"hpsv2.1"}
+    assert own == {"hpsv2.1", "pickscore"}
+    assert args.max_batch_s is not None
     deployments = {each["name"]: each for each in application["deployments"]}
     assert deployments.keys() == own | {"RewardService"}
     assert deployments["hpsv2.1"]["autoscaling_config"]["min_replicas"] == 0
+    parts = [deployments[name]["ray_actor_options"]["num_gpus"] for name in own]
+    assert sum(parts) == 1  # of one card
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,34 @@ def test_what_waits_while_the_model_is_busy_is_the_next_batch() -> None:
         answers = await asyncio.gather(*first, *others)
         assert answers == [f"answer to {name}" for name in ("first", "a", "b", "c", "huge")]
         assert model.batches == [["first"], ["a", "b"], ["c"], ["huge"]]
+
+    asyncio.run(asyncio.wait_for(run(), timeout=5))
+
+
+def test_a_batch_is_no_larger_than_the_last_one_s_speed_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    async def run() -> None:
+        sizes: list[int] = []
+
+        async def score(jobs: Sequence[Images]) -> list[str]:
+            nonlocal now
+            sizes.append(sum(job.num_images for job in jobs))
+            await asyncio.sleep(0.01)  # in which the others arrive
+            now += 0.02 * sizes[-1]
+            return [job.name for job in jobs]
+
+        batcher = Batcher(score, max_batch_images=64, max_queued_images=100, max_batch_s=0.1)
+        first = await submit(batcher, Images("first", 4))  # nothing is known yet
+        others = await submit(batcher, *(Images(str(index), 2) for index in range(4)), Images("huge", 9))
+        await asyncio.gather(*first, *others)
+        assert sizes == [4, 4, 4, 9]  # 0.1 s are 4 images of 0.02 s and a bit; a job is never split
+        unhurried = Batcher(score, max_batch_images=64, max_queued_images=100, max_batch_s=None)
+        first = await submit(unhurried, Images("first", 4))
+        others = await submit(unhurried, *(Images(str(index), 2) for index in range(4)))
+        await asyncio.gather(*first, *others)
+        assert sizes[4:] == [4, 8]
 
     asyncio.run(asyncio.wait_for(run(), timeout=5))
 

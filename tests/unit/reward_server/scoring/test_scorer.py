@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reward_server.metrics import BATCH_IMAGES, TEXT_CACHE_HITS, TEXT_CACHE_MISSES, Metric
+from reward_server.metrics import BATCH_IMAGES, PHASE_SECONDS, TEXT_CACHE_HITS, TEXT_CACHE_MISSES, Metric
 from reward_server.models import ClipArgs
-from reward_server.scoring.scorer import Answer, Job, Scorer
+from reward_server.scoring.scorer import Answer, Job, Scorer, one_ahead
 from services.contract import ContractError, PromptPair, RewardRequest, RewardResponse, WeightedReward
 from tests.tiny_models import make_tiny_clip
 
@@ -220,3 +221,30 @@ def test_crops_count_as_images_of_a_forward_and_are_part_of_the_version(clip: Cl
     assert sizes[4:] == [1, 1]
     (name,) = score_alone(roomy, request).scorers
     assert name == f"tiny-clip@{roomy.rewards['tiny-clip'].model.checksum}+crops=3"
+
+
+def test_forwards_and_backwards_are_timed_apart_and_each_within_the_whole(clip: ClipArgs) -> None:
+    phases: list[tuple[str, float]] = []
+
+    def record(metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        if metric is PHASE_SECONDS:
+            phases.append((labels["phase"], value))
+
+    scorer = Scorer({"tiny-clip": clip}, max_batch_images=2, record=record)
+    start = time.perf_counter()
+    scorer.score([job(make_request(3)), job(make_request(1, with_gradient=False))])
+    assert [name for name, _ in phases] == ["forward", "backward", "forward", "backward", "forward"]
+    assert all(seconds > 0 for _, seconds in phases)
+    assert sum(seconds for _, seconds in phases) < time.perf_counter() - start
+
+
+def test_the_next_forward_is_asked_for_before_the_last_one_is_waited_for() -> None:
+    log: list[str] = []
+
+    def start(name: str) -> Callable[[], str]:
+        log.append(f"start {name}")
+        return lambda: log.append(f"wait {name}") or name  # type: ignore[func-returns-value]
+
+    assert list(one_ahead(start(name) for name in "abc")) == ["a", "b", "c"]
+    assert log == ["start a", "start b", "wait a", "start c", "wait b", "wait c"]
+    assert list(one_ahead(start(name) for name in "")) == []

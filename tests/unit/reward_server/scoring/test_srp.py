@@ -108,3 +108,18 @@ def test_the_gradient_is_there_even_under_no_grad(images: Tensor) -> None:
     with torch.no_grad():
         _, image_gradient = with_gradient(similarities_to(POSITIVE, NEGATIVE), images, SCALES)
     assert image_gradient.abs().sum() > 0
+
+
+def test_a_scale_brings_gradients_through_a_dtype_that_loses_them() -> None:
+    tiny = 2.0**-28  # float16 ends at 2^-24
+
+    def through_float16(images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = images.to(torch.float16).flatten(1).to(torch.float32).sum(dim=1) * tiny
+        return rows, torch.zeros_like(rows)
+
+    ones, scales = torch.ones(2, 3, 4, 4), torch.zeros(2)
+    _, lost = value_for_gradient(through_float16, ones, scales)
+    outcome, kept = value_for_gradient(through_float16, ones, scales, gradient_scale=1024)
+    assert lost().count_nonzero() == 0
+    assert kept().equal(torch.full_like(ones, tiny))
+    assert outcome.rewards.equal(torch.full((2,), 48 * tiny))  # themselves not scaled
