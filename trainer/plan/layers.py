@@ -106,7 +106,7 @@ def rms_norm(tape: Tape, name: str, x: Array) -> Array:
     is_trained = tape.parameter(f"{name}.weight", (size,))
     deviation = tape.new((rows,), FLOAT32_BYTES)
     num_bytes, count, weight_bytes = x.nbytes, x.numel, size * x.itemsize
-    if tape.has_fused_norms:
+    if tape.is_gpu:
         out = tape.new(x.shape, x.itemsize)
         saved = [x, deviation]
     else:
@@ -121,7 +121,7 @@ def rms_norm(tape: Tape, name: str, x: Array) -> Array:
         if is_trained:
             tape.storage(num_bytes)
             tape.take_gradient(full_name, tape.storage(weight_bytes))
-        if not tape.has_fused_norms:
+        if not tape.is_gpu:
             held = [tape.storage(count * FLOAT32_BYTES) for _ in range(4)]
             del held
         return [tape.storage(num_bytes)]
@@ -245,7 +245,10 @@ def conv(tape: Tape, name: str, x: Array, out_channels: int, size: int) -> Array
 
     def backward(grads: Grads) -> Grads:
         tape.work(flops * (has_edge + is_trained), num_bytes)
-        return [tape.storage(num_bytes) if has_edge else None]
+        grad_x = tape.storage(num_bytes) if has_edge else None
+        if not tape.is_gpu:
+            tape.storage(num_bytes)  # oneDNN's layout of the same
+        return [grad_x]
 
     tape.record([x], [out], [x], backward, is_trained=is_trained)
     return out

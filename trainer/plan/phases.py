@@ -57,7 +57,7 @@ class Branch:
 @lru_cache(maxsize=64)
 def play_forward(flux: FluxConfig, sizes: Sizes) -> Played:
     """Play a forward without gradient, as a rollout and an evaluation make it."""
-    tape = Tape(Training.frozen(), has_fused_norms=sizes.is_gpu)
+    tape = Tape(Training.frozen(), is_gpu=sizes.is_gpu)
     with tape.no_grad():
         held = [tape.new((sizes.batch, sizes.num_tokens, flux.in_channels), FLOAT32_BYTES) for _ in range(2)]
         play_flux(tape, flux, sizes.batch, sizes.num_tokens, sizes.num_text, sizes.itemsize)
@@ -86,7 +86,7 @@ def play_branch(
     keeps_gradients: bool = False,
 ) -> Branch:
     """Play Direct-Align's branch, forward and backward. Without `decodes` the loss is of the latents, as GRPO's."""
-    tape = Tape(training, keeps_gradients, has_fused_norms=sizes.is_gpu)
+    tape = Tape(training, keeps_gradients, is_gpu=sizes.is_gpu)
     held = [tape.new((sizes.batch, sizes.num_tokens, flux.in_channels), FLOAT32_BYTES) for _ in range(2)]
     recovered = _recovered(tape, flux, sizes, checkpointing)
     transformer = Played(tape.flops, tape.moved_bytes, tape.peak_bytes)

@@ -113,7 +113,8 @@ class Plan:
         base = self.num_base * run.itemsize if run.zero_stage == 3 else 0
         loading = {**held, "whole weights": base, "text encoders": text}
         training = {**held, "moments": parts.moments, "prompt embeddings": run.num_prompts * self.embedding_bytes}
-        whole = {"gathered weights": parts.gathered}
+        largest = max(map(prod, self.configs.transformer_shapes.values())) * run.itemsize
+        whole = {"gathered weights": parts.gathered, "a layer's weights": largest if run.quantization else 0}
         forward, decoding = self._drawing(run.evaluation_batch, run.evaluation_size, run.itemsize)
         is_whole = run.zero_stage == 3 or (run.is_lora and run.quantization is None)
         merged = self.num_base * run.itemsize if is_whole else 0  # a quantized base is merged shard by shard

@@ -5,7 +5,7 @@ Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimiz
 | stage | gradients in float32 | gradients in bfloat16 |
 |---|---|---|
 | 0 | whole | refused |
-| 1 | whole, and those of the worker's part | whole in bfloat16 and in float32 |
+| 1 | whole | whole in bfloat16 and in float32 |
 | 2 | of each parameter that the worker has a part of | its part, in float32 |
 | 3 | its part of each parameter | its part of each, in float32 |
 """
@@ -87,11 +87,13 @@ def sharded(layout: Layout, trained: Mapping[str, Shape], frozen_bytes: int, fro
 def _gradients(layout: Layout, sizes: list[int], padded: int, own: int) -> int:
     if layout.itemsize < FLOAT32_BYTES:
         return padded * FLOAT32_BYTES + sum(sizes) * layout.itemsize if layout.stage == 1 else own * FLOAT32_BYTES
+    if layout.stage == 1:
+        return sum(sizes) * FLOAT32_BYTES
     touched, offset = 0, 0
     for size in sizes:
         touched += size if offset < own else 0
         offset += size
-    return (touched + (sum(sizes) if layout.stage == 1 else 0)) * FLOAT32_BYTES
+    return touched * FLOAT32_BYTES
 
 
 def _of_each(layout: Layout, trained: list[int], frozen_bytes: int, frozen: list[int]) -> Sharded:

@@ -14,7 +14,7 @@ _TERA, _GIGA = 1e12, 1e9
 
 def plan_text(plan: Plan, cost: Cost | None, mfu: float, changes: Sequence[Change]) -> str:
     """Return the whole plan as Markdown."""
-    parts = [_memory(plan), _host(plan)]
+    parts = [memory_table(plan), _host(plan)]
     if cost is not None:
         parts.append(_time(plan, cost, mfu))
     parts.append(_disk(plan))
@@ -59,7 +59,8 @@ def changes_text(changes: Sequence[Change]) -> str:
     return "; ".join(f"{each.keys}: {gib(each.needed_bytes)}{' (fits)' * each.fits}" for each in changes)
 
 
-def _memory(plan: Plan) -> str:
+def memory_table(plan: Plan) -> str:
+    """Return the memory of a worker by kind and by moment."""
     moments = plan.moments
     kinds = list(dict.fromkeys(kind for each in moments for kind, size in each.kinds.items() if size))
     rows = [[kind, *(_cell(each, kind) for each in moments)] for kind in kinds]

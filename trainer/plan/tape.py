@@ -106,12 +106,13 @@ class Training:
 @dataclass(slots=True)
 class Tape:
     """What has been played. keeps_gradients: gradients of parameters stay alive, as in plain torch; an engine takes
-    each away as it comes. has_fused_norms: RMS norms are one kernel, as on a GPU.
+    each away as it comes. is_gpu: RMS norms are one kernel, and convolutions
+    need no copy in another layout.
     """
 
     training: Training
     keeps_gradients: bool = True
-    has_fused_norms: bool = False
+    is_gpu: bool = False
     parameters: dict[str, Shape] = field(default_factory=dict)
     trained: dict[str, Shape] = field(default_factory=dict)
     live_bytes: int = 0
