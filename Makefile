@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-steer seeds attack alarms bench-reward bench-method faults up down fmt keys manifests check test conflicting ci reference tiny clean
+.PHONY: help setup demo demo-steer seeds attack alarms bench-reward bench-method faults plan-errors recipes up down fmt keys manifests check test conflicting ci reference tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -20,6 +20,12 @@ demo: setup  ## align the embedded model, show before and after (under 8 minutes
 
 demo-steer: setup  ## turn a training from 3D to Flat half way, and draw the curve (under 8 minutes on 2 cores)
 	.venv/bin/python -m deploy.demo_steer
+
+recipes: setup  ## renew the plans in deploy/runs/README.md (after a change of the planner or of a recipe)
+	.venv/bin/python -m deploy.recipes
+
+plan-errors: setup  ## the planner's memory and FLOPs beside torch's own, at four tiny sizes (under a minute)
+	OMP_NUM_THREADS=1 .venv/bin/python -m deploy.plan_errors
 
 bench-reward: setup  ## how fast the reward service is, on a quiet machine (about 17 minutes)
 	.venv/bin/python -m deploy.bench_reward

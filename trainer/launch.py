@@ -33,6 +33,7 @@ from trainer.runtime.failures import EndAtMistakes, mistakes_named
 from trainer.runtime.fitting import LaunchError, StoppedError, fit
 from trainer.runtime.out_of_memory import what_to_lower
 from trainer.runtime.paths import with_absolute_paths
+from trainer.runtime.planning import require_fit
 from trainer.runtime.preflight import check_run
 from trainer.runtime.resources import Asked, worker_resources
 from trainer.runtime.run_record import begin, can_go_on, create, end, take_up
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = with_absolute_paths(load_run_config(args.run_file, args.set))
         check_run(config)
+        require_fit(config)
         launch(config, args.run_file, args.resume)
     except _MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
     srpo run RUN.yaml [--resume] [--set KEY=VALUE]
                                            train in the foreground, or go on with a training
+    srpo plan RUN.yaml [--accelerator h100]
+                                           say what a run needs: memory, FLOPs, seconds, disk
     srpo submit RUN.yaml                   train as a Ray job and follow it
     srpo encode-prompts RUN.yaml           encode a run's prompts before it trains, as a Ray job
     srpo encode-images RUN.yaml            encode the images of a run's dataset, as a Ray job
@@ -45,13 +47,14 @@ _MISTAKES = (
     UsageError, ConfigError, ContractError, JobsError, RewardError, SteeringError, TrialError, RunFolderError,
     CheckpointError,
 )  # fmt: skip
+_WITH_OWN_OPTIONS = ("plan", "sample")  # read by the program that the verb becomes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, 1 for a mistake or failure named on stderr, 2 for a command line that cannot be read."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and args.command != "sample":
+    if rest and args.command not in _WITH_OWN_OPTIONS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
@@ -68,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add_run_file(run)
     add_resume(run)
     run.set_defaults(handler=_run)
+    plan = commands.add_parser("plan", add_help=False, help="say what a run needs: memory, FLOPs, seconds, disk")
+    plan.set_defaults(handler=_plan)
     for verb in jobs.JOB_VERBS:
         jobs.configure_job(commands.add_parser(verb.name, aliases=verb.old_names, help=verb.help), verb)
     checkpoints.configure(commands.add_parser("checkpoints", help="list the checkpoints of a run"))
@@ -88,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> NoReturn:
     load_run_config(args.run, args.set)  # reports a mistake at once, not after the imports of the trainer
     _become("trainer.launch", str(args.run), *launch_arguments(args))
+
+
+def _plan(args: argparse.Namespace) -> NoReturn:
+    _become("trainer.plan", *args.rest)
 
 
 def _sample(args: argparse.Namespace) -> NoReturn:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from services.config.fields import Frozen, NonNegative, Positive, PositiveFloat
+from services.config.fields import Frozen, NonNegative, Positive, PositiveFloat, Word
 
 
 class OptimizerConfig(Frozen):
@@ -84,6 +84,13 @@ class EngineConfig(Frozen):
 
     use_gpu: bool = False
     """Give each worker a GPU."""
+
+    accelerator: Word | None = None
+    """The GPU that the plan of a run compares with, by its name in the table of `srpo plan`, such as h100. null: the
+    one in the machine from which the run is started, if there is one."""
+
+    must_fit: bool = True
+    """Refuse to start a run that by its plan cannot fit into the memory of its GPUs, or without GPUs of its host."""
 
     gradient_checkpointing: bool = False
     """Recompute transformer blocks and VAE decoder in the backward, which saves memory and costs time."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from services.config.engine import EngineConfig, OptimizerConfig
 from services.config.finetune import EmaConfig
+from tests.engine_bytes import check_bytes
 from tests.workers import in_workers
 from trainer.model.fragments import checkpoint_weights, open_fragments
 
@@ -198,11 +199,12 @@ def check_the_rest(rank: int, folder: Path) -> None:
     check_trap(rank)
     check_bfloat16(rank)
     check_bfloat16_sums(rank)
+    check_bytes(rank, NUM_WORKERS, make_engine, NUM_BACKWARDS)
     for name, check in (("master", check_master_weights), ("average", check_average)):
         check(rank, folder / name)
 
 
-def test_trap_of_two_forwards_is_there_bfloat16_keeps_small_steps_and_the_average_is_what_one_computes_by_hand(
+def test_trap_of_two_forwards_small_steps_in_bfloat16_bytes_as_planned_and_the_average_is_what_one_computes_by_hand(
     tmp_path: Path,
 ) -> None:
     """In one test, as it takes long to start workers."""
