@@ -129,7 +129,7 @@ def kill_at_random(_: Stage, training: Training) -> None:
         if random.random() < 0.5:
             time.sleep(random.uniform(0, _KILL_WITHIN_S))
         else:
-            training.wait_for_step(done + random.randint(1, 2))
+            training.wait_for_step(done + random.randint(2, 3))  # it is under way: one or two are new
             time.sleep(random.uniform(0, _STEP_S))
         victims = {"driver": lambda: [training.launcher], "worker": lambda: training.workers()[:1]}
         for process in victims.get(victim, training.workers)():
