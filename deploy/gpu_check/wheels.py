@@ -34,7 +34,7 @@ PACKAGES = (  # what torch itself needs (filelock, fsspec, jinja2, typing-extens
     *("huggingface_hub", "safetensors", "tokenizers", "regex", "ftfy", "wcwidth", "protobuf", "sentencepiece"),
     *("numpy", "pillow", "PyYAML", "psutil", "packaging", "tqdm", "importlib_metadata", "zipp"),
     *("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions"),
-    *("httpx", "httpcore", "h11", "anyio", "idna", "certifi"),
+    *("httpx", "httpcore", "httpx2", "httpcore2", "truststore", "h11", "anyio", "idna", "certifi"),
     *("requests", "urllib3", "charset-normalizer", "typer", "click"),
 )
 # pip takes a platform's name literally: these are the tags that wheels for x86-64 Linux with glibc 2.28 may have.
