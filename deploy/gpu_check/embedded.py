@@ -88,7 +88,7 @@ class Demo:
         self._noise = policy.draw_noise(
             [torch.Generator().manual_seed(each) for each in range(len(prompts))], *self._size
         )
-        self._conditioning = policy.encode_prompts(prompts, config.model.max_sequence_length)
+        self._conditioning = policy.text.encode_prompts(prompts, config.model.max_sequence_length)
         words = config.control_words
         self._pairs = tuple(PromptPair(prompt, words.positive, words.negative) for prompt in prompts)
         self._sampling = sampling_of(policy, *self._size, config.rollout.num_steps)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deploy.gpu_check.meter import Meter, held_gib
-from deploy.gpu_check.prediction import predicted
+from deploy.gpu_check.prediction import NO_PLANNER, predicted
 from deploy.gpu_check.random_weights import num_parameters, random_conditioning, random_policy, write_reward
 from deploy.gpu_check.report import Report
 from deploy.gpu_check.sizes import Size
@@ -31,7 +31,6 @@ _SEED = 0
 def run(size: Size, device: torch.device, report: Report) -> None:
     """Build everything in place, then step."""
     report.add("transformer_parameters", num_parameters(size.transformer))
-    report.add("prediction", predicted(size, "lora", depth=1.0))
     meter = Meter(device)
     with tempfile.TemporaryDirectory(prefix="srpo-gpu-check-") as folder:
         meter.start("build_reward")
@@ -43,13 +42,17 @@ def run(size: Size, device: torch.device, report: Report) -> None:
     meter.stop()
     held["reward_and_policy_gib"] = round(held_gib(device), 3)
     report.add("build", {"phases": meter.phases, "held": held})
-    with report.attempt("lora_step"):
-        add_adapter(policy.transformer, _FINETUNE, _SEED)
-        report.add("lora_step", lora_step(size, policy, scorer, device))
-    with report.attempt("lora_step_without_checkpointing"):
-        policy.transformer.disable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
-        policy.vae.disable_gradient_checkpointing()
-        report.add("lora_step_without_checkpointing", lora_step(size, policy, scorer, device))
+    add_adapter(policy.transformer, _FINETUNE, _SEED)
+    for name, checkpointing in (("lora_step", True), ("lora_step_without_checkpointing", False)):
+        with report.attempt(name):
+            if not checkpointing:
+                policy.transformer.disable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' ModelMixin
+                policy.vae.disable_gradient_checkpointing()
+            step = lora_step(size, policy, scorer, device)
+            report.add(name, step)
+            plan = predicted(size, "lora", device, size.num_rollout_steps, checkpointing=checkpointing)
+            beside = NO_PLANNER if plan is None else plan.beside(step["phases"], held["reward_gib"])
+            report.add(name, step | {"plan": beside})
 
 
 def lora_step(size: Size, policy: Policy, scorer: Scorer, device: torch.device) -> dict[str, Any]:

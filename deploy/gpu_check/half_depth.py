@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from deploy.gpu_check.meter import Meter
-from deploy.gpu_check.prediction import predicted
+from deploy.gpu_check.meter import Meter, held_gib
+from deploy.gpu_check.prediction import NO_PLANNER, predicted
 from deploy.gpu_check.random_weights import (
     at_depth,
     num_parameters,
@@ -33,6 +33,7 @@ _DTYPE = torch.bfloat16
 _BYTES_PER_PARAMETER = 2 + 2 + 4 + 4 + 4 + 4
 _ALL_ELSE_BYTES = 16 * 2**30  # reward, VAE, activations, workspace: what the LoRA step has beside its weights
 _NUM_MEASURED = 2
+_NUM_ROLLOUT_STEPS = 1  # a rollout is as many calls as it has steps
 
 
 def run(size: Size, device: torch.device, report: Report) -> None:
@@ -41,12 +42,17 @@ def run(size: Size, device: torch.device, report: Report) -> None:
     report.add("depths", list(depths))
     with tempfile.TemporaryDirectory(prefix="srpo-gpu-check-") as folder:
         scorer = load_scorer(*write_reward(size, Path(folder), device), device)
+    reward_gib = held_gib(device)
     steps: dict[float, dict[str, Any]] = {}
     for depth in reversed(depths):  # the smaller one first: a card that is too full then still tells something
         name = f"depth_{depth:g}"
         with report.attempt(name):
-            steps[depth] = full_step(replace(size, transformer=at_depth(size.transformer, depth)), scorer, device)
-            report.add(name, steps[depth] | {"prediction": predicted(size, "full", depth=depth)})
+            part = replace(size, transformer=at_depth(size.transformer, depth))
+            steps[depth] = full_step(part, scorer, device)
+            report.add(name, steps[depth])
+            plan = predicted(part, "full", device, _NUM_ROLLOUT_STEPS, checkpointing=True)
+            beside = NO_PLANNER if plan is None else plan.beside(steps[depth]["phases"], reward_gib)
+            report.add(name, steps[depth] | {"plan": beside})
         gc.collect()  # the last policy, before the next one is made
     if len(steps) == _NUM_MEASURED:
         report.add("whole_depth", extrapolated(size, steps))
@@ -72,7 +78,7 @@ def full_step(size: Size, scorer: Scorer, device: torch.device) -> dict[str, Any
     policy = random_policy(size, _DTYPE, device)
     trainer = MasterWeights(policy.transformer, OPTIMIZER, len(OBJECTIVE.branches), fused=device.type == "cuda")
     conditioning = random_conditioning(size, _DTYPE, device)
-    sampling = sampling_of(policy, size.height_px, size.width_px, num_steps=1)
+    sampling = sampling_of(policy, size.height_px, size.width_px, _NUM_ROLLOUT_STEPS)
     for _ in range(2):
         meter = Meter(device)
         outcome = srpo_step(policy, trainer, conditioning, sampling, scorer, meter)

@@ -109,21 +109,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise WheelsError(f"--without {', '.join(sorted(unknown))}: not among the packages {', '.join(PACKAGES)}")
         names = [name for name in PACKAGES if _normal(name) not in left_out]
         requirements = pinned(names, _CONSTRAINTS.read_text(encoding="utf-8"))
-        shutil.rmtree(args.out, ignore_errors=True)
-        args.out.mkdir(parents=True)
+        _make_anew(args.out)
         with tempfile.TemporaryDirectory(prefix="srpo-wheels-") as folder:
             download(requirements, Path(folder))
             pack(sorted(Path(folder).glob("*.whl")), args.out / ARCHIVE)
-        if _VECTORS_FROM.is_dir():
-            shutil.copytree(_VECTORS_FROM, args.out / VECTORS)
+        vectors = [each for each in _VECTORS_FROM.glob("*") if each.suffix in (".safetensors", ".json")]
+        for each in vectors:
+            shutil.copyfile(each, args.out / VECTORS / each.name)
         total = require_small(args.out, round(args.max_mb * 1e6))
     except WheelsError as error:
         print(f"make gpu-wheels: {error}", file=sys.stderr)
         return 1
-    print(
-        f"{args.out}: {len(requirements)} packages, {total / 1e6:.1f} MB; reference vectors: {_VECTORS_FROM.is_dir()}"
-    )
+    print(f"{args.out}: {len(requirements)} packages, {len(vectors)} files of vectors, {total / 1e6:.1f} MB")
     return 0
+
+
+def _make_anew(folder: Path) -> None:
+    """Empty a folder that an earlier call made. Raise WheelsError for one that holds other things."""
+    if folder.exists():
+        if not (folder / VECTORS).is_dir():
+            raise WheelsError(f"--out {folder} was not made by this program: give a folder that does not exist")
+        shutil.rmtree(folder)
+    (folder / VECTORS).mkdir(parents=True)
 
 
 def _needed(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:

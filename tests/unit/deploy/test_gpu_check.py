@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from deploy.gpu_check.half_depth import extrapolated, fitting_depths
 from deploy.gpu_check.meter import Meter
 from deploy.gpu_check.packages import ARCHIVE, PackagesError, unpack
+from deploy.gpu_check.prediction import NO_PLANNER, Prediction
 from deploy.gpu_check.random_weights import at_depth, num_parameters, random_policy
 from deploy.gpu_check.report import Report
 from deploy.gpu_check.sizes import FULL, TINY
@@ -24,6 +26,7 @@ from deploy.gpu_check.stage import run_stage
 from deploy.gpu_check.stages import LIMITS_S, Deadline, is_good, run_all
 from deploy.gpu_check.training import OPTIMIZER, MasterWeights
 from deploy.gpu_check.wheels import MAX_BYTES, PACKAGES, WheelsError, pack, pinned, require_small
+from deploy.gpu_check.wheels import main as collect_wheels
 from deploy.settings import ROOT
 
 CPU = torch.device("cpu")
@@ -37,6 +40,16 @@ def results(folder: Path, stage: str) -> dict[str, Any]:
     assert is_good(tree), tree
     found: dict[str, Any] = tree["results"]
     return found
+
+
+def assert_planned(plan: Any) -> None:
+    """That a step stands beside the plan's numbers, or says that this checkout has no planner."""
+    if find_spec("trainer.plan") is None:
+        assert plan == NO_PLANNER
+    else:
+        assert plan["phases"].keys() == PHASES
+        assert all(row["planned_gib"] > 0 for name, row in plan["phases"].items() if name != "reward")
+        assert all(row["seconds_ratio"] > 0 for row in plan["phases"].values())
 
 
 def test_the_embedded_stage_checks_loss_and_gradient(tmp_path: Path) -> None:
@@ -54,12 +67,14 @@ def test_the_full_size_stage_measures_each_phase_of_a_step(tmp_path: Path) -> No
         assert found[name]["phases"].keys() == PHASES
         assert found[name]["phases"]["backward"]["calls"] == 2
         assert found[name]["outcome"]["grad_norm"] > 0
+        assert_planned(found[name]["plan"])
     assert 0 < found["lora_step"]["trained_parameters"] < found["transformer_parameters"]
 
 
 def test_the_half_depth_stage_continues_the_line_to_the_whole_depth(tmp_path: Path) -> None:
     found = results(tmp_path, "half_depth")
     assert found["depth_1"]["parameters"] == num_parameters(TINY.transformer) > found["depth_0.5"]["parameters"]
+    assert_planned(found["depth_1"]["plan"])
     for name, entry in found["whole_depth"]["phases"].items():
         assert entry["seconds"] == pytest.approx(found["depth_1"]["phases"][name]["seconds"], abs=1e-3)
 
@@ -166,9 +181,16 @@ def test_random_weights_are_those_of_the_dtype_and_keep_activations_in_size() ->
     policy = random_policy(TINY, torch.bfloat16, CPU)
     weights = dict(policy.transformer.named_parameters())
     assert {each.dtype for each in weights.values()} == {torch.bfloat16}
-    assert float(weights["x_embedder.weight"].float().std()) == pytest.approx(64**-0.5, rel=0.1)
+    assert float(weights["x_embedder.weight"].detach().float().std()) == pytest.approx(64**-0.5, rel=0.1)
     assert not weights["x_embedder.bias"].any()
     assert bool((weights["transformer_blocks.0.attn.norm_q.weight"] == 1).all())
+
+
+def test_measured_numbers_stand_beside_planned_ones() -> None:
+    prediction = Prediction("h100", 0.4, {"rollout": {"seconds": 2.0, "tflop": 900.0, "gib": 24.0}})
+    beside = prediction.beside({"rollout": {"seconds": 3.0, "peak_gib": 28.0}}, reward_gib=4.0)
+    row = beside["phases"]["rollout"]
+    assert (row["seconds_ratio"], row["gib_ratio"], row["tflop_per_second"]) == (1.5, 1.0, 300.0)
 
 
 def test_extrapolation_is_linear_in_parameters() -> None:
@@ -209,6 +231,13 @@ def test_a_folder_of_packages_beyond_the_limit_is_refused_and_removed(tmp_path: 
     with pytest.raises(WheelsError, match=r"packages\.tar\.xz 0\.0 MB; 0\.0 MB may travel"):
         require_small(folder, 20_000)
     assert not folder.exists()
+
+
+def test_a_folder_of_other_things_is_not_emptied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").touch()
+    assert collect_wheels(["--out", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").is_file()
 
 
 def test_missing_packages_are_named(tmp_path: Path) -> None:
