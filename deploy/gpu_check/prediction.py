@@ -48,12 +48,12 @@ class Prediction:
         rows: dict[str, Any] = {}
         for name, planned in self.phases.items():
             seconds, peak = measured[name]["seconds"], measured[name]["peak_gib"] - reward_gib
-            row: dict[str, float] = {f"planned_{key}": round(value, 4) for key, value in planned.items()}
+            row: dict[str, float] = {f"planned_{key}": _short(value) for key, value in planned.items()}
             if "seconds" in planned:
-                row["seconds_ratio"] = round(seconds / planned["seconds"], 3)
-                row["tflop_per_second"] = round(planned["tflop"] / seconds, 2)
+                row["seconds_ratio"] = _short(seconds / planned["seconds"])
+                row["tflop_per_second"] = _short(planned["tflop"] / seconds)
             if "gib" in planned and peak > 0:
-                row |= {"gib": round(peak, 3), "gib_ratio": round(peak / planned["gib"], 3)}
+                row |= {"gib": round(peak, 3), "gib_ratio": _short(peak / planned["gib"])}
             rows[name] = row
         return {"accelerator": self.accelerator, "mfu": self.mfu, "phases": rows}
 
@@ -118,3 +118,8 @@ def _configs(size: Size, folder: Path) -> Path:
         file = folder / name / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | own), encoding="utf-8")
     return folder
+
+
+def _short(number: float) -> float:
+    """Return four digits of a number of any size."""
+    return float(f"{number:.4g}")
