@@ -1,9 +1,10 @@
 # What one can do here. A target is a line or two; what needs more is a program in deploy/.
 PYTHON ?= python3.11
+GPU_PYTHON ?= python3
 TINY := .venv/bin/python -m deploy.tiny.recipe
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-steer seeds attack alarms bench-reward bench-method faults plan-errors recipes up down fmt keys manifests check test conflicting ci reference tiny clean
+.PHONY: help setup demo demo-steer seeds attack alarms bench-reward bench-method faults plan-errors recipes gpu-wheels gpu-check up down fmt keys manifests check test conflicting ci reference tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z-]+:.*##/ {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -79,6 +80,12 @@ seeds: setup  ## the demo's two runs with three seeds, compared with base and or
 faults: setup  ## break a training in every way that clusters do, and compare the results (about 40 minutes; root for one row)
 	.venv/bin/python -m deploy.faults
 
+gpu-wheels: setup  ## collect in .gpu/ what gpu-check needs; WITHOUT="numpy …": what that machine has already
+	.venv/bin/python -m deploy.gpu_check.wheels $(if $(WITHOUT),--without $(WITHOUT))
+
+gpu-check:  ## on a machine with a GPU, Python 3.12, torch 2.11 and the folder .gpu: what CPUs cannot show (8 minutes)
+	$(GPU_PYTHON) -m deploy.gpu_check --packages .gpu
+
 tiny: setup  ## train the embedded default from scratch (hours on a CPU, resumable; needs npm)
 	$(TINY) data vae views prompts truth
 	@$(TINY) flux & flux=$$!; $(TINY) reward style subject reference & others=$$!; \
@@ -86,4 +93,4 @@ tiny: setup  ## train the embedded default from scratch (hours on a CPU, resumab
 	$(TINY) measure
 
 clean: down  ## stop services, remove what runs and tools wrote (outputs/ and .venv stay)
-	rm -rf .run .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .run .gpu .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

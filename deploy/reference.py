@@ -57,19 +57,23 @@ class Reference:
     facts: dict[str, Any]
 
     @classmethod
-    def load(cls, path: Path) -> Reference:
-        """Read PATH.safetensors and PATH.json; PATH may have either ending or none. Raise VectorsError."""
+    def load(cls, path: Path, device: str = "cpu") -> Reference:
+        """Read PATH.safetensors and PATH.json; PATH may have either ending or none. Raise VectorsError.
+
+        Our numbers are computed on the device to which the file's tensors go.
+        """
         stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
         files = stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
         for file in files:
             if not file.is_file():
                 raise VectorsError(f"{path}: there is no {file}")
-        return cls(load_file(files[0]), json.loads(files[1].read_text(encoding="utf-8")))
+        return cls(load_file(files[0], device), json.loads(files[1].read_text(encoding="utf-8")))
 
     def flux(self) -> Policy:
         """Return the policy: transformer and VAE with the file's weights."""
-        transformer = FluxTransformer2DModel(**self.facts["transformer_config"])
-        vae = AutoencoderKL(**self.facts["vae_config"])
+        with self.tensors["in.noise"].device:
+            transformer = FluxTransformer2DModel(**self.facts["transformer_config"])
+            vae = AutoencoderKL(**self.facts["vae_config"])
         for prefix, module in (("transformer.", transformer), ("vae.", vae)):
             weights = {key.removeprefix(prefix): each for key, each in self.tensors.items() if key.startswith(prefix)}
             module.load_state_dict(weights)
@@ -127,15 +131,16 @@ class Reference:
     ) -> RewardResponse:
         """Return the stand-in reward with its gradient, as the service would answer."""
         assert with_gradient
-        leaf = torch.tensor(images, requires_grad=True)
+        device = self.tensors["reward.W"].device
+        leaf = torch.tensor(images, requires_grad=True, device=device)
         pooled = adaptive_avg_pool2d(leaf, _POOLED_PX).flatten(1)
         features = normalize(pooled @ self.tensors["reward.W"].T, dim=-1)
         positive = self._similarities(features, [pair.positive_text for pair in pairs])
         negative = self._similarities(features, [pair.negative_text for pair in pairs])
-        rewards = (1 + torch.tensor(scales)) * positive - negative
+        rewards = (1 + torch.tensor(scales, device=device)) * positive - negative
         (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
-        values = [value.detach().numpy() for value in (rewards, positive, negative)]
-        return RewardResponse(values[0], values[1][None], values[2][None], gradient.numpy(), ("reference",), "0")
+        values = [value.detach().cpu().numpy() for value in (rewards, positive, negative)]
+        return RewardResponse(values[0], values[1][None], values[2][None], gradient.cpu().numpy(), ("reference",), "0")
 
     def _similarities(self, features: Tensor, texts: Sequence[str]) -> Tensor:
         return (features * torch.stack([self.tensors[f"reward.text.{text}"].view(-1) for text in texts])).sum(dim=-1)
@@ -201,7 +206,7 @@ def _largest(errors: Sequence[float]) -> float:
 def _relative(ours: Tensor, theirs: Tensor) -> float:
     if ours.numel() != theirs.numel():
         raise VectorsError(f"ours is {tuple(ours.shape)}, the file's is {tuple(theirs.shape)}")
-    ours, theirs = ours.detach().flatten().double(), theirs.flatten().double()
+    ours, theirs = ours.detach().cpu().flatten().double(), theirs.cpu().flatten().double()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=_SMALLEST))
 
 
