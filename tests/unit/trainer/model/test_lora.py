@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from services.config.engine import EngineConfig, OptimizerConfig
@@ -65,6 +66,23 @@ def test_an_untrained_adapter_changes_nothing_and_only_it_is_trained(flux: Polic
     down = "transformer_blocks.0.attn.to_q.lora_A.weight"
     assert adapter(ours.transformer)[0][down].equal(again[down])
     assert not again[down].equal(other[down])
+
+
+def test_the_default_adapts_every_linear_layer_of_the_blocks_but_the_modulation() -> None:
+    """Of FLUX.1-dev's width, with two blocks of each kind: peft shortens a list of so many names."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+    linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    of_blocks = {name for name in linear if re.match(r"(single_)?transformer_blocks\.", name)}
+    modulation = {name for name in of_blocks if re.search(r"\.norm\w*\.linear$", name)}
+    assert len(of_blocks - modulation) == 2 * (12 + 5)
+    assert {name.partition(".")[0] for name in linear - of_blocks} == {
+        *("x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out")
+    }
+    with torch.device("meta"):
+        add_adapter(transformer, FinetuneConfig(kind="lora", rank=2), seed=0)
+    adapted = {name.removesuffix(".lora_A.default") for name, _ in transformer.named_modules() if "lora_A.d" in name}
+    assert adapted == of_blocks - modulation
 
 
 def test_adapter_in_diffusers_pipeline_draws_what_the_merged_model_draws(flux_folder: Path, tmp_path: Path) -> None:
