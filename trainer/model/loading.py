@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,12 +58,18 @@ def load_text_encoders(
     return TextEncoders(load_pipeline(model_folder(path), dtype, device, **dict.fromkeys(without)))
 
 
-def load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str, **without: None) -> FluxPipeline:
-    """Load a pipeline without the parts that are given as None. Raise ModelError."""
+def load_pipeline(
+    source: Path, dtype: torch.dtype | Mapping[str, torch.dtype], device: torch.device | str, **without: None
+) -> FluxPipeline:
+    """Load a pipeline without the parts that are given as None. Raise ModelError.
+
+    dtype: of all parts, or of each by its name, "default" of all others.
+    """
     from diffusers import FluxPipeline  # on use: it takes 5 s, and preflight.py only checks the path
 
     try:
-        pipeline = FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
+        dtypes = dict(dtype) if isinstance(dtype, Mapping) else dtype
+        pipeline = FluxPipeline.from_pretrained(source, dtype=dtypes, **without).to(device)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model.path {source} cannot be loaded: {error}") from error
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
