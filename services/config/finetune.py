@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from services.config.fields import Frozen, Positive, PositiveFloat, Word
 
-# Every linear layer of a FLUX block but those of the modulation, as in diffusers' own training of FLUX adapters.
+# Every linear layer of FLUX's blocks but those of the modulation. The model's last layer is called proj_out too.
 _TARGETS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
 )
 
 
@@ -35,7 +39,8 @@ class FinetuneConfig(Frozen):
     """The numerator of the adapter's factor alpha / rank. null: rank, so that the factor is 1."""
 
     target_modules: Annotated[tuple[Word, ...], Field(min_length=1)] = _TARGETS
-    """The linear layers that get an adapter, by the ends of their names."""
+    """The linear layers that get an adapter, by the ends of their names, in which * stands for anything. The default is
+    every linear layer of FLUX's blocks but those of the modulation."""
 
     @model_validator(mode="after")
     def _adapter_keys_have_an_adapter(self) -> FinetuneConfig:
@@ -44,10 +49,27 @@ class FinetuneConfig(Frozen):
                 raise ValueError(f"{name} {value}: of no use to kind full, give kind lora")
         return self
 
+    def adapted_layers(self, layers: Sequence[str]) -> list[str]:
+        """Return those of a model's linear layers, by their whole names, that get an adapter.
+
+        Raise ValueError for a target that is none of them, with the names that there are.
+        """
+        for target in self.target_modules:
+            if not any(_ends_in(target, layer) for layer in layers):
+                there = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in layers})
+                raise ValueError(
+                    f"finetune.target_modules {target!r} is no linear layer of the model; there are: {', '.join(there)}"
+                )
+        return [layer for layer in layers if any(_ends_in(target, layer) for target in self.target_modules)]
+
     @property
     def scaling(self) -> float:
         """The factor on B·A."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def _ends_in(target: str, layer: str) -> bool:
+    return fnmatchcase(f".{layer}", f"*.{target}")
 
 
 class EmaConfig(Frozen):

@@ -28,15 +28,24 @@ class ConfigError(ValueError):
     """The run file cannot be used; the text names the file, the key and the offending value."""
 
 
+Dtype = Literal["float32", "bfloat16"]
+
+
 class ModelConfig(Frozen):
     """The model to train: a FLUX-type model in diffusers' format."""
 
     path: str
     """A folder, or a hub id such as black-forest-labs/FLUX.1-dev."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The number format of the forward. `bfloat16` keeps float32 master weights and needs `engine.zero_stage` 1 to
-    3."""
+    dtype: Dtype = "float32"
+    """The number format of the forward. `bfloat16` needs `engine.zero_stage` 1 to 3: master weights, AdamW's averages,
+    the moving average and sums of gradients are float32, as are sigmas, losses and reward gradients in any case."""
+
+    vae_dtype: Dtype | None = None
+    """The number format of the VAE, which decodes images and their gradient, and encodes a `dataset`. null: `dtype`."""
+
+    text_encoder_dtype: Dtype | None = None
+    """The number format of the text encoders and of encoded prompts. null: `dtype`."""
 
     height_px: Positive
     """The height of images in pixels."""
@@ -76,6 +85,11 @@ class RolloutConfig(Frozen):
     shift: float | Literal["dynamic"] = 3.0
     """The shift of the sigmas, in evaluation and for the noise levels of training as well. `dynamic`: FLUX's own, by
     resolution."""
+
+    dtype: Dtype | None = None
+    """The number format of the rollouts' forwards. `bfloat16` under a `model.dtype` of float32 runs them under torch's
+    autocast, which casts each layer's weights when it uses them; branches and evaluation stay in float32. null:
+    `model.dtype`. `method.kind` grpo needs that, as it compares rollout and branches."""
 
 
 class TrackingConfig(Frozen):
@@ -168,6 +182,21 @@ class RunConfig(Frozen):
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
 
+    @property
+    def vae_dtype(self) -> Dtype:
+        """The dtype in which the VAE decodes and encodes."""
+        return self.model.vae_dtype or self.model.dtype
+
+    @property
+    def text_encoder_dtype(self) -> Dtype:
+        """The dtype in which prompts are encoded and kept."""
+        return self.model.text_encoder_dtype or self.model.dtype
+
+    @property
+    def rollout_dtype(self) -> Dtype:
+        """The dtype in which the transformer computes in rollouts."""
+        return self.rollout.dtype or self.model.dtype
+
     @model_validator(mode="after")
     def _one_source(self) -> RunConfig:
         if (self.prompts.path is None) == (self.dataset is None):
@@ -189,6 +218,18 @@ class RunConfig(Frozen):
     def _stage_trains_the_dtype(self) -> RunConfig:
         if self.model.dtype == "bfloat16" and self.engine.zero_stage == 0:  # DeepSpeed's gradients are wrong there
             raise ValueError("engine.zero_stage 0 cannot train a model.dtype of bfloat16: take stage 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_can_have_their_dtype(self) -> RunConfig:
+        own, policy = self.rollout_dtype, self.model.dtype
+        if own == "float32" and policy == "bfloat16":
+            raise ValueError("rollout.dtype float32: weights in a model.dtype of bfloat16 have no more digits to give")
+        if own != policy and self.method.kind == "grpo":
+            raise ValueError(
+                f"rollout.dtype {own} with a model.dtype of {policy}: method.kind grpo would take the difference for a "
+                "change of the policy"
+            )
         return self
 
     @model_validator(mode="after")

@@ -47,7 +47,7 @@ class ReflLearner(_LateStepLearner):
         steps = [draw_levels(config.seed, samples.step, index, (first, last), 1)[0] for index in samples.indices]
         with self.metrics.timed("rollout"):
             late = roll_out_late(
-                self._policy,
+                self._sampler,
                 self._encode(samples.prompts),
                 self._start_noise(samples),
                 self._pairs(samples),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -71,6 +72,7 @@ class Learner(ABC, Generic[Material]):
         self._step = self._num_skipped = 0
         self._config, self._engine, self._score, self._encode = config, engine, score, encode
         self._policy = policy.calling(engine.transformer)  # gradients reach the engine only through its own wrapper
+        self._sampler = self._policy.computing_in(getattr(torch, config.rollout_dtype))
         self._batches = open_batches(config, policy.source)
         rollout, truncate = config.rollout, config.objective.truncate_timestep
         self._samplings = {
@@ -142,7 +144,7 @@ class Learner(ABC, Generic[Material]):
         pairs, sampling = self._pairs(samples), self._sampling(samples)
         if samples.batch.clean is not None:
             return Rollout(noise, samples.batch.clean(samples.indices).to(noise.device), conditioning, pairs, sampling)
-        rollout = roll_out(self._policy, conditioning, noise, pairs, sampling)
+        rollout = roll_out(self._sampler, conditioning, noise, pairs, sampling)
         self._require_finite("a clean latent", rollout.clean, pairs)
         return rollout
 

@@ -16,7 +16,6 @@ value of the image as R(x, positive), and its value of the image with a little n
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +27,7 @@ from services.config.objective import ObjectiveKind
 from services.config.rewards import BranchName, RewardConfig
 from services.contract import Float32, PromptPair, RewardResponse
 from trainer.algorithm.image_draws import ImageDraws, augment
+from trainer.algorithm.step_metrics import clock
 
 # a reward's name, images (batch, 3, height, width) in [0, 1], a pair and a preference_scale for each, with_gradient
 Score = Callable[[str, Float32, tuple[PromptPair, ...], tuple[float, ...], bool], RewardResponse]
@@ -60,12 +60,12 @@ def reward_images(
 
     preference_scales: k (batch,) for each reward. Raises ValueError as BranchReward.score_images does.
     """
-    started = time.perf_counter()
+    started = clock()
     answers = [
         BranchReward(reward, kind, branch, scale).score_images(images, pairs, image_draws, score)
         for reward, scale in zip(rewards, preference_scales, strict=True)
     ]
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     hinges = [
         reward.weight * answer.hinge(reward.margin, reward.satisfied_at)
         for reward, answer in zip(rewards, answers, strict=True)

@@ -24,7 +24,7 @@ def manifest_of(config: RunConfig, source: Path) -> EmbeddingsManifest:
     return EmbeddingsManifest(
         text_encoders=fingerprint(source),
         max_sequence_length=config.model.max_sequence_length,
-        dtype=config.model.dtype,
+        dtype=config.text_encoder_dtype,
     )
 
 
@@ -39,8 +39,15 @@ def check_embeddings(config: RunConfig, prompts: Iterable[str]) -> None:
 def load_policy(config: RunConfig, device: torch.device, *, gradient_checkpointing: bool = False) -> Policy:
     """Load the run's model, without text encoders if the run reads embeddings. Raise ModelError."""
     encodes = config.prompts.embeddings_path is None
-    path, dtype = config.model.path, getattr(torch, config.model.dtype)
-    return Policy.load(path, dtype, device, gradient_checkpointing=gradient_checkpointing, text_encoders=encodes)
+    return Policy.load(
+        config.model.path,
+        getattr(torch, config.model.dtype),
+        device,
+        vae_dtype=getattr(torch, config.vae_dtype),
+        text_encoder_dtype=getattr(torch, config.text_encoder_dtype),
+        gradient_checkpointing=gradient_checkpointing,
+        text_encoders=encodes,
+    )
 
 
 def encoder(config: RunConfig, policy: Policy, prompts: Sequence[str]) -> Encode:

@@ -108,8 +108,8 @@ def _difference(
         )
     if Path(manifest.source).resolve() != dataset.path.resolve():
         return f"was encoded from {manifest.source}, and dataset.path is {dataset.path}"
-    if manifest.dtype != config.model.dtype:
-        return f"was encoded in {manifest.dtype}, and model.dtype is {config.model.dtype}"
+    if manifest.dtype != config.vae_dtype:
+        return f"was encoded in {manifest.dtype}, and the VAE's dtype (model.vae_dtype) is {config.vae_dtype}"
     if model_folder is not None and vae_checksum(model_folder) != manifest.vae_checksum:
         return f"was encoded by the VAE of {manifest.model}, which is not that of model.path {config.model.path}"
     missing = [shard.file for shard in manifest.shards if not (dataset.latents_path / shard.file).is_file()]

@@ -114,7 +114,7 @@ def encode(config: RunConfig, images: Sequence[CaptionedImage]) -> Path:
     manifest = LatentsManifest(
         model=config.model.path,
         vae_checksum=checksum,
-        dtype=config.model.dtype,
+        dtype=config.vae_dtype,
         source=str(dataset.path),
         source_checksum=_digest(*((each.digest, each.image.caption) for each in scanned)),
         sizes=config.model.training_sizes,
@@ -171,7 +171,7 @@ def plan(config: RunConfig, vae: str, scanned: Sequence[Scanned]) -> list[Planne
         members = buckets[size]
         for start in range(0, len(members), _IMAGES_PER_SHARD):
             chunk = members[start : start + _IMAGES_PER_SHARD]
-            content = _digest(vae, config.model.dtype, size, [each.digest for each in chunk])
+            content = _digest(vae, config.vae_dtype, size, [each.digest for each in chunk])
             name = f"{size[0]}x{size[1]}-{content[:_NUM_DIGEST_CHARS]}.safetensors"
             shards.append(PlannedShard(name, size, tuple(each.image for each in chunk)))
     return shards
@@ -182,7 +182,7 @@ def image_encoder(config: RunConfig, source: Path) -> Write:
     assert config.dataset is not None
     folder, batch = config.dataset.latents_path, config.engine.micro_batch  # what fits into training fits here
     device = "cuda" if config.engine.use_gpu else "cpu"
-    policy = Policy.load_vae(str(source), getattr(torch, config.model.dtype), device)
+    policy = Policy.load_vae(str(source), getattr(torch, config.vae_dtype), device)
 
     def write(shard: dict[str, Any]) -> int:
         images = [CaptionedImage(**each) for each in shard["images"]]

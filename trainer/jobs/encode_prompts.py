@@ -76,7 +76,7 @@ def encode(config: RunConfig, folder: Path) -> None:
 def prompt_encoder(config: RunConfig, source: Path) -> Write:
     """Load the text encoders of `source`; return a function that encodes and writes a shard, a list of prompts."""
     device = "cuda" if config.engine.use_gpu else "cpu"
-    text = load_text_encoders(str(source), getattr(torch, config.model.dtype), device)
+    text = load_text_encoders(str(source), getattr(torch, config.text_encoder_dtype), device)
     folder = config.prompts.embeddings_path
     assert folder is not None
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
 INDEX = "model_index.json"
+_NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
 class ModelError(ValueError):
@@ -57,18 +60,42 @@ def load_text_encoders(
     return TextEncoders(load_pipeline(model_folder(path), dtype, device, **dict.fromkeys(without)))
 
 
-def load_pipeline(source: Path, dtype: torch.dtype, device: torch.device | str, **without: None) -> FluxPipeline:
-    """Load a pipeline without the parts that are given as None. Raise ModelError."""
+def load_pipeline(
+    source: Path, dtype: torch.dtype | Mapping[str, torch.dtype], device: torch.device | str, **without: None
+) -> FluxPipeline:
+    """Load a pipeline without the parts that are given as None. Raise ModelError.
+
+    dtype: of all parts, or of each by its name, "default" of all others.
+    """
     from diffusers import FluxPipeline  # on use: it takes 5 s, and preflight.py only checks the path
 
+    dtypes = dtype if isinstance(dtype, Mapping) else {"default": dtype}
     try:
-        pipeline = FluxPipeline.from_pretrained(source, dtype=dtype, **without).to(device)
+        networks = {
+            part: _load_network(source, part, dtypes.get(part, dtypes["default"]))
+            for part in _NETWORKS
+            if part not in without
+        }
+        pipeline = FluxPipeline.from_pretrained(source, **networks, **without).to(device)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model.path {source} cannot be loaded: {error}") from error
-    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        if (network := getattr(pipeline, part)) is not None:
-            require_finite(network, f"model.path {source}: {part}")
+    for part, network in networks.items():
+        require_finite(network, f"model.path {source}: {part}")
     return pipeline
+
+
+def _load_network(source: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    """Load one network of a folder by the class that its index names. Raise ValueError for a weight that is not there.
+
+    The libraries themselves only warn, and go on with random numbers or none.
+    """
+    library, name = json.loads((source / INDEX).read_text(encoding="utf-8"))[part]
+    kind: Any = getattr(import_module(library), name)
+    network, found = kind.from_pretrained(source / part, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{part} has no {missing[0]} in its files")
+    loaded: nn.Module = network
+    return loaded
 
 
 def require_finite(part: nn.Module, name: str) -> None:

@@ -5,7 +5,6 @@ Source: Hu et al., arXiv 2106.09685: W + alpha / rank · B·A, of which A and B 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,17 +24,11 @@ def add_adapter(transformer: Any, finetune: FinetuneConfig, seed: int) -> None:
     """
     from peft import LoraConfig  # on use: a full fine-tuning does without
 
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    for target in finetune.target_modules:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            there = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in names})
-            raise ValueError(
-                f"finetune.target_modules {target!r} is no linear layer of the model; there are: {', '.join(there)}"
-            )
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     settings = LoraConfig(
         r=finetune.rank,
         lora_alpha=finetune.scaling * finetune.rank,
-        target_modules=list(finetune.target_modules),
+        target_modules=finetune.adapted_layers(linear),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

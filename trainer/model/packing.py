@@ -26,13 +26,13 @@ def unpack(tokens: Tensor, num_rows: int, num_columns: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def text_ids(num_tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the positions of text tokens: zeros (num_tokens, 3)."""
-    return torch.zeros(num_tokens, 3, device=device, dtype=dtype)
+def text_ids(num_tokens: int, device: torch.device) -> Tensor:
+    """Return the positions of text tokens: zeros (num_tokens, 3) float32."""
+    return torch.zeros(num_tokens, 3, device=device)
 
 
 @lru_cache(maxsize=8)
-def image_ids(num_rows: int, num_columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the positions (tokens, 3) of the image tokens: 0, row, column."""
+def image_ids(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
+    """Return the positions (tokens, 3) float32 of the image tokens: 0, row, column. bfloat16 has no 257."""
     rows, columns = torch.meshgrid(torch.arange(num_rows), torch.arange(num_columns), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(device, dtype)
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).to(device, torch.float32)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.flow import dynamic_shift
+from trainer.model.forward import Forward
 from trainer.model.loading import INDEX, ModelError, load_pipeline, model_folder, require_finite
 from trainer.model.packing import PATCH, image_ids, pack, text_ids, unpack
 from trainer.model.text_encoders import Conditioning, TextEncoders
@@ -37,6 +38,8 @@ class Policy:
         self.dtype: torch.dtype = network.dtype
         self.device: torch.device = network.device
         self._pipeline = pipeline
+        self._forward = None if pipeline.transformer is None else Forward(pipeline.transformer)
+        self._computes_in: torch.dtype | None = None
         for frozen in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -48,10 +51,13 @@ class Policy:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         *,
+        vae_dtype: torch.dtype | None = None,
+        text_encoder_dtype: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
         text_encoders: bool = True,
     ) -> Policy:
-        """Load a folder or a hub id; weights of any dtype on disk become `dtype`.
+        """Load a folder or a hub id; weights of any dtype on disk become `dtype`, those of VAE and text encoders their
+        own if it is given.
 
         Raise ModelError if it cannot be loaded or has weights that are not finite. With gradient_checkpointing the
         transformer's blocks and the VAE's decoder are recomputed in the backward. Without text_encoders the policy
@@ -59,7 +65,8 @@ class Policy:
         """
         source = model_folder(path)
         without = {} if text_encoders else {"text_encoder": None, "text_encoder_2": None}
-        pipeline = load_pipeline(source, dtype, device, **without)
+        dtypes = {"transformer": dtype, "vae": vae_dtype or dtype, "default": text_encoder_dtype or dtype}
+        pipeline = load_pipeline(source, dtypes, device, **without)
         if gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
             pipeline.vae.enable_gradient_checkpointing()
@@ -77,6 +84,17 @@ class Policy:
         wrapped = copy.copy(self)
         wrapped.transformer = transformer
         return wrapped
+
+    def computing_in(self, dtype: torch.dtype) -> Policy:
+        """Return the same policy with the transformer's forward in `dtype`: its own, or bfloat16 for a float32 one.
+
+        Raise ValueError for another: weights of bfloat16 have no more digits to give.
+        """
+        if dtype != self.dtype and (self.dtype, dtype) != (torch.float32, torch.bfloat16):
+            raise ValueError(f"a transformer of {self.dtype} cannot compute in {dtype}")
+        computing = copy.copy(self)
+        computing._computes_in = None if dtype == self.dtype else dtype
+        return computing
 
     @property
     def max_sequence_length(self) -> int:
@@ -136,19 +154,23 @@ class Policy:
         truncate_timestep cuts 1000·sigma to an integer, as the published SRPO code does.
         """
         batch, device = len(latents), latents.device
+        timesteps = sigma.expand(batch).float() * 1000
+        timesteps = timesteps.trunc() if truncate_timestep else timesteps
         has_guidance = self._pipeline.transformer.config.guidance_embeds
-        sigma = sigma.expand(batch)
-        timestep = (sigma * 1000).trunc() / 1000 if truncate_timestep else sigma
-        (velocity,) = self.transformer(
-            hidden_states=latents.to(self.dtype),
-            timestep=timestep.to(self.dtype),  # the model itself multiplies by 1000
-            guidance=torch.full((batch,), guidance_scale, device=device) if has_guidance else None,
-            pooled_projections=conditioning.pooled,
-            encoder_hidden_states=conditioning.prompt_embeds,
-            txt_ids=text_ids(conditioning.prompt_embeds.shape[1], device, self.dtype),
-            img_ids=image_ids(*self._token_grid(height_px, width_px), device, self.dtype),
-            return_dict=False,
-        )
+        guidance = torch.full((batch,), guidance_scale, device=device) if has_guidance else None
+        thousandfold = None if guidance is None else guidance * 1000
+        assert self._forward is not None  # a policy without a transformer encodes and decodes images
+        with self._forward.given(timesteps, thousandfold, self._computes_in, device.type):
+            (velocity,) = self.transformer(
+                hidden_states=latents.to(self.dtype),
+                timestep=timesteps / 1000,  # the model multiplies by 1000 and rounds to its dtype, which forward undoes
+                guidance=guidance,
+                pooled_projections=conditioning.pooled.to(self.dtype),
+                encoder_hidden_states=conditioning.prompt_embeds.to(self.dtype),
+                txt_ids=text_ids(conditioning.prompt_embeds.shape[1], device),
+                img_ids=image_ids(*self._token_grid(height_px, width_px), device),
+                return_dict=False,
+            )
         return velocity.to(latents.dtype)
 
     def decode_image(self, latents: Tensor, height_px: int, width_px: int) -> Tensor:

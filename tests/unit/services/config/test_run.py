@@ -135,6 +135,8 @@ def test_the_set_of_keys_and_defaults_changes_only_on_purpose() -> None:
             "not both (a dataset's captions are its prompts)",
         ),
         (("model",), "dtype", "bfloat16", "engine.zero_stage 0 cannot train a model.dtype of bfloat16"),
+        (("rollout",), "dtype", "float16", "rollout.dtype"),
+        (("model",), "vae_dtype", "fp8", "model.vae_dtype"),
         ((), "rewards", [], "rewards"),
         ((), "rewards", [{"name": "a"}, {"name": "a"}], "rewards: each name may come once, not ['a', 'a']"),
     ],
@@ -169,6 +171,34 @@ def test_keys_that_contradict_each_other_are_named(tmp_path: Path, objective: di
     rewards = [{"name": "tiny", "satisfied_at": 0.25}]
     with pytest.raises(ConfigError, match=re.escape(named)):
         load_run_config(write(tmp_path, tree() | {"objective": objective, "rewards": rewards}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (
+            {"rollout": {"dtype": "float32"}, "model": {"dtype": "bfloat16"}},
+            "rollout.dtype float32: weights in a model.dtype of bfloat16 have no more digits to give",
+        ),
+        (
+            {"rollout": {"dtype": "bfloat16"}, "method": {"kind": "grpo"}, "objective": {"kind": "srp"}},
+            "rollout.dtype bfloat16 with a model.dtype of float32: method.kind grpo would take the difference for a",
+        ),
+    ],
+)
+def test_a_dtype_that_rollouts_cannot_have_is_named(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
+    model = tree()["model"] | changed.get("model", {})
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        load_run_config(write(tmp_path, tree() | changed | {"model": model}))
+
+
+def test_every_part_has_the_models_dtype_unless_it_is_given_its_own(tmp_path: Path) -> None:
+    model = tree()["model"] | {"dtype": "bfloat16"}
+    run = load_run_config(write(tmp_path, tree() | {"model": model}))
+    assert {run.rollout_dtype, run.vae_dtype, run.text_encoder_dtype} == {"bfloat16"}
+    own = {"vae_dtype": "float32", "text_encoder_dtype": "float32"}
+    run = load_run_config(write(tmp_path, tree() | {"model": model | own, "rollout": {"dtype": "bfloat16"}}))
+    assert (run.rollout_dtype, run.vae_dtype, run.text_encoder_dtype) == ("bfloat16", "float32", "float32")
 
 
 def test_several_pairs_of_words(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from services.contract import PromptPair
 from tests.local_reward import LocalReward, similarity
 from tests.tiny_flux import HEIGHT_PX, MAX_SEQUENCE_LENGTH, PROMPTS, WIDTH_PX
 from trainer.algorithm.direct_align import BranchOutcome, branch_loss, recover_anchor
+from trainer.algorithm.reward_loss import reward_images
 from trainer.algorithm.rollout import Injection, Sampling, roll_out
 from trainer.flow import Branch, branches, schedule_at
 from trainer.model.policy import Policy
@@ -87,6 +89,28 @@ def test_gradient_equals_autograd_through_the_reward(flux: Policy, injection: In
     assert_same_loss(flux, outcome.loss, torch.relu(margin - rewards).mean())
     torch.testing.assert_close(outcome.rewards, rewards.detach()[None])
     torch.testing.assert_close(outcome.preference_scales, scale_of(branch)[None])
+
+
+@pytest.mark.parametrize("name", ["denoise", "invert"])
+def test_around_a_bfloat16_network_all_is_float32(flux_folder: Path, injection: Injection, name: BranchName) -> None:
+    """The step moves the latents by little, of which three digits would leave less."""
+    policy = Policy.load(str(flux_folder), torch.bfloat16, vae_dtype=torch.float32)
+    branch, settings = branch_of(injection, name)
+    recovery = recover_anchor(branch, injection, policy, settings)
+    clean, noise = injection.rollout.clean.double(), injection.noise.double()
+    direction = 1 if name == "denoise" else -1
+    weight = direction * branch.recovery_weight.double().view(-1, 1, 1)
+    exact = clean - weight * (recovery.velocity.double() - (noise - clean))
+    assert recovery.recovered.dtype == torch.float32
+    torch.testing.assert_close(recovery.recovered.double(), exact, rtol=0, atol=1e-5)
+
+    images = policy.decode_image(recovery.recovered.detach(), *SIZE).requires_grad_()
+    reward = reward_images(
+        images, injection.rollout.pairs, [TINY], "srp", name, [scale_of(branch)], injection.image_draws, LocalReward()
+    )
+    (gradient,) = torch.autograd.grad(reward.hinges.mean(), images)
+    _, outcome = loss_of(policy, injection, name, TINY)
+    assert {each.dtype for each in (images, gradient, reward.hinges, outcome.loss, outcome.rewards)} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["denoise", "invert"])

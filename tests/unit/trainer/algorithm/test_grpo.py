@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def test_the_policy_that_sampled_has_ratio_1_at_every_noisy_step(flux: Policy, r
     for numbers in ([1, 1, 1], [1, 2, 3]):  # each sample may train a step of its own
         step = rollout.step(torch.tensor(numbers), torch.ones(3))
         assert log_ratio(step, flux, NOISE_LEVEL).abs().max() < 1e-6
+
+
+def test_the_ratio_begins_at_1_in_bfloat16_too(flux_folder: Path) -> None:
+    """Rounding would pass for a change of the policy: the clip range is 1e-4."""
+    policy = Policy.load(str(flux_folder), torch.bfloat16)
+    pairs = tuple(PromptPair(prompt, "3D", "Flat") for prompt in PROMPTS[:3])
+    random = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    conditioning = policy.encode_prompts(PROMPTS[:3], MAX_SEQUENCE_LENGTH)
+    rollout = roll_out_noisily(policy, conditioning, random, pairs, SAMPLING, NOISE_LEVEL)
+    assert rollout.latents.dtype == rollout.log_densities.dtype == torch.float32
+    for numbers in ([1, 1, 1], [1, 2, 3]):
+        step = rollout.step(torch.tensor(numbers), torch.ones(3))
+        assert log_ratio(step, policy, NOISE_LEVEL).abs().max() < 1e-6
 
 
 def test_the_noise_of_an_image_depends_on_its_generator_alone(flux: Policy, rollout: NoisyRollout) -> None:

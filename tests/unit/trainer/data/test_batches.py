@@ -126,6 +126,13 @@ def test_latents_of_the_same_vae_are_taken_and_of_another_refused(folder: Path, 
         Latents.open(run(folder), other)
 
 
+def test_latents_are_in_the_dtype_of_the_vae_not_of_the_policy(folder: Path) -> None:
+    model = {"path": "flux", "height_px": 32, "width_px": 48, "sizes": list(COUNTS), "dtype": "bfloat16"}
+    assert open_batches(run(folder, model=model | {"vae_dtype": "float32"})).batch(0).prompts
+    with pytest.raises(DatasetError, match=r"was encoded in float32, and the VAE's dtype .* is bfloat16"):
+        open_batches(run(folder, model=model))
+
+
 def without_a_shard(folder: Path) -> None:
     (folder / "48x32-3.safetensors").unlink()
 
@@ -158,7 +165,11 @@ def set_in_manifest(folder: Path, key: str, value: str) -> None:
         (without_a_manifest, {}, ["has no manifest.json", "srpo encode-images"]),
         (other_manifest, {}, ["manifest.json (vae_checksum: Field required)", "srpo encode-images"]),
         (encoded_elsewhere, {}, ["was encoded from /another/dataset, and dataset.path is", "srpo encode-images"]),
-        (encoded_in_another_dtype, {}, ["encoded in bfloat16, and model.dtype is float32", "srpo encode-images"]),
+        (
+            encoded_in_another_dtype,
+            {},
+            ["encoded in bfloat16, and the VAE's dtype (model.vae_dtype) is float32", "srpo encode-images"],
+        ),
         (
             None,
             {"model": {"path": "f", "height_px": 32, "width_px": 48}},

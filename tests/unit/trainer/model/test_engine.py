@@ -136,10 +136,16 @@ def check_master_weights(rank: int, folder: Path) -> None:
     start = make_policy(torch.bfloat16).state_dict()["0.weight"].float()
     large = start.abs() > 0.13
     for stage in (1, 2, 3):
-        engine = make_engine(stage, torch.bfloat16, optimizer=slow)
+        engine = make_engine(stage, torch.bfloat16, EmaConfig(decay=0.75), optimizer=slow)
         train(engine, rank, range(1))
+        kept = engine.snapshot().values
+        assert set(kept) == {"weights", "exp_avg", "exp_avg_sq", "average"}
+        assert {each.dtype for values in kept.values() for each in values.values()} == {torch.float32}
         with open_fragments(saved(engine, rank, folder / f"{stage}")) as state:
-            master = state.read("weights", "0.weight", range(start.numel())).view(start.shape)
+            master, average = (
+                state.read(kind, "0.weight", range(start.numel())).view(start.shape) for kind in ("weights", "average")
+            )
+        torch.testing.assert_close(average, 0.75 * start + 0.25 * master, rtol=0, atol=1e-7)
         assert ((master - start).abs()[large] > 5e-5).float().mean() > 0.9, "the masters keep the step"
         assert master.bfloat16().float()[large].equal(start[large]), "which is too small for bfloat16"
         train(engine, rank, range(1, 20))

@@ -200,14 +200,22 @@ def test_the_embedded_default_draws_without_a_dtype() -> None:
     FluxPipeline.from_pretrained("deploy/tiny/flux")("red heart", height=64, width=64, num_inference_steps=1)
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str
+)
 def test_an_exported_model_draws_without_a_dtype_and_its_embeddings_are_the_sources(
-    tmp_path: Path, stored: torch.dtype
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype
 ) -> None:
     source, exported = tmp_path / "source", tmp_path / "exported"
     FluxPipeline.from_pretrained(make_tiny_flux(tmp_path / "flux")).to(stored).save_pretrained(source)
     assert json.loads((source / "text_encoder/config.json").read_text("utf-8"))["dtype"] in str(stored)
-    policy = Policy.load(str(source), torch.float32)
+    policy = Policy.load(str(source), dtype)
     policy.save_pipeline(policy.transformer, exported)
-    FluxPipeline.from_pretrained(exported)(PROMPTS[0], height=HEIGHT_PX, width=WIDTH_PX, num_inference_steps=1)
+    assert {each.dtype for each in load_file(next((exported / "transformer").glob("*.safetensors"))).values()} == {
+        dtype
+    }
+    pipeline = FluxPipeline.from_pretrained(exported)
+    pipeline(PROMPTS[0], height=HEIGHT_PX, width=WIDTH_PX, num_inference_steps=1)
+    weights = policy.transformer.state_dict()
+    assert all(each.equal(weights[name].float()) for name, each in pipeline.transformer.state_dict().items())
     assert fingerprint(exported) == fingerprint(source)
