@@ -55,12 +55,12 @@ class FinetuneConfig(Frozen):
         Raise ValueError for a target that is none of them, with the names that there are.
         """
         for target in self.target_modules:
-            if not any(_ends_in(target, layer) for layer in layers):
+            if not any(ends_in(target, layer) for layer in layers):
                 there = sorted({re.sub(r"^\w+\.\d+\.", "", layer) for layer in layers})
                 raise ValueError(
                     f"finetune.target_modules {target!r} is no linear layer of the model; there are: {', '.join(there)}"
                 )
-        return [layer for layer in layers if any(_ends_in(target, layer) for target in self.target_modules)]
+        return [layer for layer in layers if any(ends_in(target, layer) for target in self.target_modules)]
 
     @property
     def scaling(self) -> float:
@@ -68,7 +68,8 @@ class FinetuneConfig(Frozen):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-def _ends_in(target: str, layer: str) -> bool:
+def ends_in(target: str, layer: str) -> bool:
+    """Return whether a layer's whole name ends as a target of `target_modules` says: "attn.to_q", "*.*.proj_out"."""
     return fnmatchcase(f".{layer}", f"*.{target}")
 
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
+from services.config.finetune import ends_in
+
 FLOAT32_BYTES = 4
 Shape = tuple[int, ...]
 Grads = list["Storage | None"]
@@ -100,7 +102,7 @@ class Training:
 
     def rank_of(self, layer: str) -> int:
         """Return the rank of a linear layer's adapter, 0 without one."""
-        return self.rank if any(f".{layer}".endswith(f".{target}") for target in self.targets) else 0
+        return self.rank if any(ends_in(target, layer) for target in self.targets) else 0
 
 
 @dataclass(slots=True)
