@@ -144,20 +144,15 @@ def rayjob(run: RunConfig, on_gpu: bool, gpus_per_node: int = GPUS_PER_NODE) -> 
 
 
 def _worker_pods(engine: EngineConfig, gpus_per_node: int) -> tuple[int, Size]:
-    """Return how many pods of what size the workers need, all alike.
-
-    Raise ValueError if a worker needs more GPUs than a node has.
-    """
+    """Return how many pods of what size the workers need, all alike. Raise ValueError if a node has no GPU for them."""
     memory_gib = engine.memory_gib_per_worker or (96 if engine.use_gpu else 4)
     if not engine.use_gpu:
         return engine.max_workers, Size(math.ceil(engine.cpus_per_worker), math.ceil(memory_gib))
-    gpus_per_worker: float = getattr(engine, "gpus_per_worker", 1)  # a key that not every version of a run file has
-    if gpus_per_worker > gpus_per_node:
-        raise ValueError(f"engine.gpus_per_worker is {gpus_per_worker:g}, but a node has {gpus_per_node} GPUs")
-    num_pods = math.ceil(engine.max_workers / int(gpus_per_node / gpus_per_worker))
+    if gpus_per_node < 1:
+        raise ValueError(f"--gpus-per-node is {gpus_per_node}: a worker needs one")
+    num_pods = math.ceil(engine.max_workers / gpus_per_node)
     each = math.ceil(engine.max_workers / num_pods)  # 12 workers on nodes of 8: 6 and 6, not 8 and 4
-    cpus, gpus = math.ceil(each * engine.cpus_per_worker), math.ceil(each * gpus_per_worker)
-    return num_pods, Size(cpus, math.ceil(each * memory_gib), gpus)
+    return num_pods, Size(math.ceil(each * engine.cpus_per_worker), math.ceil(each * memory_gib), each)
 
 
 def _move_to_gpus(serve: Tree) -> None:

@@ -34,7 +34,7 @@ from trainer.model.text_encoders import Conditioning
 from trainer.plan.flux import FluxConfig
 from trainer.plan.phases import Sizes, play_branch
 from trainer.plan.table import table
-from trainer.plan.tape import Training
+from trainer.plan.training import Training
 from trainer.plan.vae import VaeConfig
 
 FILE = Path(__file__).parent / "runs" / "results" / "plan_errors.md"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from services.config.run import load_run_config
 from trainer.plan.accelerators import accelerator
@@ -22,22 +21,19 @@ BEGIN, END = "<!-- plans: `make recipes` writes them -->\n", "<!-- end of plans 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A run file and the GPU it is for. beyond: what it needs that no key of this version says."""
+    """A run file and the GPU it is for."""
 
     name: str
     card: str
-    beyond: tuple[tuple[str, Any], ...] = ()
 
     def plan(self) -> Plan:
-        made = plan_of(load_run_config(RUNS / f"{self.name}.yaml"), self.card, _TRAINING_GPUS)
-        return replace(made, run=replace(made.run, **dict(self.beyond)))
+        return plan_of(load_run_config(RUNS / f"{self.name}.yaml"), self.card, _TRAINING_GPUS)
 
 
 RECIPES = (
     Recipe("flux1_dev_full_zero2_8x80", "h100"),
     Recipe("flux1_dev_full_zero3_8x80", "h100"),
     Recipe("flux1_dev_lora_1x80", "h100"),
-    Recipe("flux1_dev_lora_1x24", "rtx-4090", (("quantization", "nf4"),)),
     Recipe("flux1_dev_full_4x8x80", "h100"),
 )
 

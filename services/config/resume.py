@@ -35,6 +35,8 @@ _FREE = (
     "engine.use_gpu",
     "engine.gradient_checkpointing",
     "engine.heartbeat_minutes",
+    "engine.accelerator",
+    "engine.must_fit",
     "optimizer.max_skipped_updates",
 )
 

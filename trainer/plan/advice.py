@@ -12,7 +12,6 @@ from trainer.plan.planned_run import PlannedRun
 
 _MAX_TOGETHER = 3
 _MAX_SHOWN = 8
-_SMALL_BUCKET = 50_000_000  # numbers, a tenth of DeepSpeed's default
 _WITHOUT_TEXT = {"encodes_prompts": False, "num_prompts": 0}
 _ITEMSIZES = ("itemsize", "vae_itemsize", "text_itemsize", "rollout_itemsize")
 Option = tuple[str, dict[str, Any]]  # keys of the run file as a person writes them; fields of PlannedRun
@@ -48,34 +47,22 @@ def _options(run: PlannedRun) -> list[Option]:
 
 
 def _layouts(run: PlannedRun) -> list[tuple[bool, str, dict[str, Any]]]:
-    is_shared = run.num_workers > 1 and run.quantization is None
-    buckets = {**run.deepspeed, "reduce_bucket_size": _SMALL_BUCKET}
     return [
         (True, "engine.gradient_checkpointing true", {"checkpointing": 1}),
         (run.zero_stage < 2, "engine.zero_stage 2", {"zero_stage": 2}),
-        (is_shared, "engine.zero_stage 3", {"zero_stage": 3}),
+        (run.num_workers > 1, "engine.zero_stage 3", {"zero_stage": 3}),
         (run.encodes_prompts, "prompts.embeddings_path (srpo encode-prompts)", _WITHOUT_TEXT),
         (True, "evaluation.batch 1", {"evaluation_batch": 1}),
-        (run.use_gpu, f"engine.deepspeed zero_optimization.reduce_bucket_size {_SMALL_BUCKET:g}",
-         {"deepspeed": buckets}),
-    ]  # fmt: skip
+    ]
 
 
 def _models(run: PlannedRun) -> list[tuple[bool, str, dict[str, Any]]]:
     default = FinetuneConfig.model_fields
     lora = {"is_lora": True, "rank": default["rank"].default, "targets": default["target_modules"].default}
-    kept: dict[str, Any] = {} if run.is_lora else lora
     halved = {**dict.fromkeys(_ITEMSIZES, 2), "zero_stage": max(run.zero_stage, 1)}
-    stage = min(run.zero_stage, 2)  # a quantized base is not sharded
-    names = "" if run.is_lora else "finetune.kind lora, "
-    names += "engine.zero_stage 2, " if run.zero_stage > 2 else ""
     return [
         (run.use_gpu and run.itemsize > 2, "model.dtype bfloat16", halved),
         (not run.is_lora, "finetune.kind lora", lora),
-        *(
-            (run.use_gpu, f"{names}model.quantization {each}", {**kept, "zero_stage": stage, "quantization": each})
-            for each in ("int8", "nf4")
-        ),
     ]
 
 

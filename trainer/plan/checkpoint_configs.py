@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.plan.flux import FluxConfig, play_flux
-from trainer.plan.tape import Shape, Tape, Training
+from trainer.plan.tape import Shape, Tape
 from trainer.plan.text import play_clip_text, play_t5
+from trainer.plan.training import Training
 from trainer.plan.vae import VaeConfig, vae_parameters
 
 _PUBLISHED = Path(__file__).parent / "published"  # by hub id; sizes from diffusers' documentation of FLUX.1-dev

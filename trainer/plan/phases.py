@@ -8,7 +8,8 @@ from functools import lru_cache
 from trainer.plan.checkpoint_configs import PATCH
 from trainer.plan.flux import FluxConfig, play_flux
 from trainer.plan.layers import activation, add, cast, contiguous, multiply, plus_number, times_number
-from trainer.plan.tape import FLOAT32_BYTES, Array, Shape, Tape, Training
+from trainer.plan.tape import FLOAT32_BYTES, Array, Shape, Tape
+from trainer.plan.training import Training
 from trainer.plan.vae import VaeConfig, play_decoder
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from services.config.method import DraftLvMethod, GrpoMethod
 from services.config.run import RunConfig
-from trainer.plan.tape import FLOAT32_BYTES, Training
+from trainer.plan.tape import FLOAT32_BYTES
+from trainer.plan.training import Training
 
 _ITEMSIZES = {"float32": FLOAT32_BYTES, "bfloat16": 2, "float16": 2}
 _QUANTIZED_BYTES = {"int8": 1.01, "nf4": 0.53}  # of a number, with the scales of its block (of 64 and 256 for nf4)
@@ -31,7 +32,6 @@ class PlannedRun:
     vae_itemsize: int
     text_itemsize: int
     rollout_itemsize: int
-    quantization: str | None
     checkpointing: int
     is_lora: bool
     rank: int
@@ -54,6 +54,7 @@ class PlannedRun:
     num_evaluation_images: int
     num_checkpoints_kept: int
     rolls_out: bool = True
+    quantization: str | None = None  # no key sets it or the next one so far
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -64,7 +65,6 @@ class PlannedRun:
         num_micro = engine.num_micro_batches(workers)
         group = method.group_size if isinstance(method, GrpoMethod) else 1
         evaluation, images = config.evaluation, num_evaluation_prompts * config.evaluation.num_images_per_prompt
-        itemsize = _ITEMSIZES[model.dtype]
         drawn = config.num_steps * engine.global_batch // workers
         forwards = _num_forwards(config)
         return cls(
@@ -73,11 +73,10 @@ class PlannedRun:
             gpus_per_host=min(gpus_per_host, workers),
             use_gpu=engine.use_gpu,
             zero_stage=engine.zero_stage,
-            itemsize=itemsize,
-            vae_itemsize=_itemsize(model, "vae_dtype", itemsize),
-            text_itemsize=_itemsize(model, "text_encoder_dtype", itemsize),
-            rollout_itemsize=_itemsize(config.rollout, "dtype", itemsize),
-            quantization=getattr(model, "quantization", None),
+            itemsize=_ITEMSIZES[model.dtype],
+            vae_itemsize=_ITEMSIZES[config.vae_dtype],
+            text_itemsize=_ITEMSIZES[config.text_encoder_dtype],
+            rollout_itemsize=_ITEMSIZES[config.rollout_dtype],
             checkpointing=int(engine.gradient_checkpointing),
             is_lora=config.finetune.kind == "lora",
             rank=config.finetune.rank,
@@ -100,7 +99,6 @@ class PlannedRun:
             num_evaluation_images=_num_drawn(config, images),
             num_checkpoints_kept=config.checkpoint.num_kept + (config.guard is not None),
             rolls_out=config.dataset is None,
-            deepspeed=getattr(engine, "deepspeed", {}).get("zero_optimization", {}),
         )
 
     @property
@@ -111,12 +109,6 @@ class PlannedRun:
     def base_bytes(self) -> float:
         """Bytes of a number of the frozen base of a LoRA run."""
         return _QUANTIZED_BYTES[self.quantization] if self.quantization else self.itemsize
-
-
-def _itemsize(section: object, key: str, otherwise: int) -> int:
-    """Return the bytes of a dtype key that may be absent or null."""
-    dtype = getattr(section, key, None)
-    return otherwise if dtype is None else _ITEMSIZES[dtype]
 
 
 def _num_forwards(config: RunConfig) -> int:

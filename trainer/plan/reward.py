@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.plan.layers import concat, layer_norm, linear, part
-from trainer.plan.tape import Array, Tape, Training
+from trainer.plan.tape import Array, Tape
 from trainer.plan.text import play_clip_layers
+from trainer.plan.training import Training
 
 
 @dataclass(frozen=True, slots=True)

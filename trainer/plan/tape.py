@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
-from services.config.finetune import ends_in
+from trainer.plan.training import Training
 
 FLOAT32_BYTES = 4
 Shape = tuple[int, ...]
@@ -76,40 +76,10 @@ class Array:
         return Array(shape, self.itemsize, self.storage, self.edge)
 
 
-@dataclass(frozen=True, slots=True)
-class Training:
-    """Which parameters are trained: all, none, or an adapter of `rank` beside the linear layers that end in `targets`.
-
-    >>> Training.adapter(16, ["attn.to_q"]).rank_of("transformer_blocks.0.attn.to_q")
-    16
-    """
-
-    trains_all: bool
-    rank: int = 0
-    targets: tuple[str, ...] = ()
-
-    @classmethod
-    def full(cls) -> Training:
-        return cls(trains_all=True)
-
-    @classmethod
-    def frozen(cls) -> Training:
-        return cls(trains_all=False)
-
-    @classmethod
-    def adapter(cls, rank: int, targets: Sequence[str]) -> Training:
-        return cls(False, rank, tuple(targets))
-
-    def rank_of(self, layer: str) -> int:
-        """Return the rank of a linear layer's adapter, 0 without one."""
-        return self.rank if any(ends_in(target, layer) for target in self.targets) else 0
-
-
 @dataclass(slots=True)
 class Tape:
     """What has been played. keeps_gradients: gradients of parameters stay alive, as in plain torch; an engine takes
-    each away as it comes. is_gpu: RMS norms are one kernel, and convolutions
-    need no copy in another layout.
+    each away as it comes. is_gpu: RMS norms are one kernel, and convolutions need no copy in another layout.
     """
 
     training: Training

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from trainer.plan.layers import activation, add, attention, conv, group_norm, linear, times_number, upsample
-from trainer.plan.tape import Array, Tape, Training
+from trainer.plan.tape import Array, Tape
+from trainer.plan.training import Training
 
 _UPSCALE = 2  # of each block but the last; diffusers fixes it
 

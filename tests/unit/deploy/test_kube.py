@@ -142,8 +142,8 @@ def test_workers_on_gpus_share_a_pod_as_far_as_a_node_has_gpus(
     assert pod["containers"][0]["resources"]["limits"]["cpu"] == str(gpus)
 
 
-def test_a_worker_with_more_gpus_than_a_node_is_named() -> None:
-    with pytest.raises(ValueError, match="gpus_per_worker is 1, but a node has 0 GPUs"):
+def test_a_node_without_gpus_is_named() -> None:
+    with pytest.raises(ValueError, match="--gpus-per-node is 0: a worker needs one"):
         rayjob(FLUX, on_gpu=False, gpus_per_node=0)
 
 

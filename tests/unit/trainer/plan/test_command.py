@@ -20,6 +20,8 @@ from trainer.runtime.planning import require_fit
 RUNS = Path(__file__).resolve().parents[4] / "deploy" / "runs"
 FLUX, TINY = RUNS / "flux1_dev_srpo.yaml", RUNS / "tiny_srpo.yaml"
 
+SMALL = ("engine.num_workers=4", "engine.zero_stage=2")  # too few GPUs of 80 GB
+
 
 def flux(*changes: str) -> RunConfig:
     return load_run_config(FLUX, changes)
@@ -34,14 +36,14 @@ def test_a_plan_has_memory_time_disk_and_the_mfu(capsys: pytest.CaptureFixture[s
 
 
 def test_what_does_not_fit_gets_advice_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(FLUX), "--accelerator", "rtx-4090"]) == 1
+    assert main([str(FLUX), "--accelerator", "h100", "--set", SMALL[0], "--set", SMALL[1]]) == 1
     assert "IT DOES NOT FIT" in capsys.readouterr().out
-    plan = plan_of(flux(), "rtx-4090")
+    plan = plan_of(flux(*SMALL), "h100")
     best = advice(plan)[0]
     assert best.fits
-    assert "nf4" in best.keys
+    assert best.keys == "finetune.kind lora"
     assert best.needed_bytes < plan.accelerator.memory_bytes  # type: ignore[union-attr]  # it is known
-    by_hand = plan_of(flux("prompts.embeddings_path=encoded"), "rtx-4090").needed_bytes
+    by_hand = plan_of(flux(*SMALL, "prompts.embeddings_path=encoded"), "h100").needed_bytes
     advised = {each.keys: each.needed_bytes for each in advice(plan)}
     assert advised["prompts.embeddings_path (srpo encode-prompts)"] == by_hand < plan.needed_bytes
 
@@ -91,9 +93,9 @@ def test_a_run_begins_with_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_that_cannot_fit_is_refused_unless_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(PlanError, match=r"IT DOES NOT FIT.*nf4: .*--set engine.must_fit=false"):
-        require_fit(flux("engine.accelerator=rtx-4090"))
-    require_fit(flux("engine.accelerator=rtx-4090", "engine.must_fit=false"))
+    with pytest.raises(PlanError, match=r"IT DOES NOT FIT.*finetune.kind lora: .*--set engine.must_fit=false"):
+        require_fit(flux(*SMALL, "engine.accelerator=h100"))
+    require_fit(flux(*SMALL, "engine.accelerator=h100", "engine.must_fit=false"))
     assert "engine.must_fit is false" in capsys.readouterr().out
     monkeypatch.setattr(here, "_memory_bytes", lambda: GIB)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -23,8 +23,9 @@ from trainer.model.lora import add_adapter
 from trainer.plan.checkpoint_configs import CheckpointConfigs
 from trainer.plan.flux import FluxConfig, play_flux
 from trainer.plan.reward import TowerConfig, play_tower
-from trainer.plan.tape import Shape, Tape, Training
+from trainer.plan.tape import Shape, Tape
 from trainer.plan.text import play_clip_text, play_t5
+from trainer.plan.training import Training
 from trainer.plan.vae import VaeConfig, vae_parameters
 
 FULL, LORA = FINETUNES
